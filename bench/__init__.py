@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench`, `python -m bench.demo`. Not part of the wheel."""

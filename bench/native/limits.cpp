@@ -1,0 +1,236 @@
+// What this machine can do: read and copy bandwidth, FMA and int8 dot rate, on a given number of threads.
+// Each call takes milliseconds, so that the bench can measure a limit between any two runs of what it limits.
+#include <pybind11/pybind11.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// Seconds from the moment all threads stand ready to the moment the last one is done; thread creation is outside.
+template <typename F>
+double timed(int threads, const F& work) {
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be 1..1024, got " + std::to_string(threads));
+  using Clock = std::chrono::steady_clock;
+  std::atomic<int> ready{0};
+  std::vector<Clock::time_point> begin(threads), end(threads);
+  auto run = [&](int id) {
+    ready.fetch_add(1);
+    while (ready.load() < threads) std::this_thread::yield();
+    begin[id] = Clock::now();
+    work(id);
+    end[id] = Clock::now();
+  };
+  std::vector<std::thread> others;
+  for (int id = 1; id < threads; ++id) others.emplace_back(run, id);
+  run(0);
+  for (auto& t : others) t.join();
+  Clock::time_point first = begin[0], last = end[0];
+  for (int id = 1; id < threads; ++id) {
+    first = begin[id] < first ? begin[id] : first;
+    last = end[id] > last ? end[id] : last;
+  }
+  return std::chrono::duration<double>(last - first).count();
+}
+
+// Touched on construction; huge pages, because a limit must not be held down by the TLB.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : bytes_((bytes + kHuge - 1) / kHuge * kHuge) {
+    map_ = mmap(nullptr, bytes_ + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map_ == MAP_FAILED) throw std::runtime_error("no memory for a buffer of " + std::to_string(bytes_) + " bytes");
+    data_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(map_) + kHuge - 1) / kHuge * kHuge);
+    madvise(data_, bytes_, MADV_HUGEPAGE);
+    memset(data_, 1, bytes_);
+  }
+  ~Buffer() { munmap(map_, bytes_ + kHuge); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr size_t kHuge = 2u << 20;
+  size_t bytes_;
+  void* map_;
+  char* data_;
+};
+
+template <typename T, int Bytes>
+struct VecOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+template <typename T, int Bytes>
+using Vec = typename VecOf<T, Bytes>::type;
+
+template <typename V>
+void keep(V& v) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(v));
+#else
+  asm volatile("" : "+m"(v));
+#endif
+}
+
+#if defined(__AVX512F__)
+constexpr int kWidest = 64;
+#elif defined(__AVX2__)
+constexpr int kWidest = 32;
+#else
+constexpr int kWidest = 16;
+#endif
+
+// One forward stream per part; several parts at once keep more hardware prefetchers busy.
+template <int Parts, int Ahead>
+void read_slice(const char* p, size_t bytes) {
+  using V = Vec<uint64_t, kWidest>;
+  const size_t part = bytes / Parts / 256 * 256;
+  V sum[Parts][2] = {};
+  for (size_t i = 0; i < part; i += 256)
+    for (int s = 0; s < Parts; ++s) {
+      const char* at = p + s * part + i;
+      for (int line = 0; line < 256; line += 64) {
+        if (Ahead) __builtin_prefetch(at + line + Ahead, 0, 3);
+        for (int j = 0; j < 64; j += kWidest) sum[s][line / 64 % 2] ^= *reinterpret_cast<const V*>(at + line + j);
+      }
+    }
+  for (auto& s : sum)
+    for (auto& v : s) keep(v);
+}
+
+class Limits {
+ public:
+  explicit Limits(size_t bytes) : source_(bytes), target_(bytes) {}
+
+  // Bytes per second over the whole buffer, the best way of reading it that was found for this number of threads.
+  double read(int threads) {
+    if (static_cast<size_t>(threads) >= way_.size()) way_.resize(threads + 1, -1);
+    if (way_[threads] < 0) {
+      double best = 0;
+      for (int repeat = 0; repeat < 3; ++repeat)
+        for (int way = 0; way < kWays; ++way) {
+          const double rate = read_once(threads, way);
+          if (rate > best) best = rate, way_[threads] = way;
+        }
+    }
+    return read_once(threads, way_[threads]);
+  }
+
+  // Bytes copied per second (each of them is read once and written once).
+  double copy(int threads) {
+    const size_t slice = source_.bytes() / threads / 4096 * 4096;
+    const double s = timed(threads, [&](int id) { memcpy(target_.data() + id * slice, source_.data() + id * slice, slice); });
+    return slice * threads / s;
+  }
+
+  size_t bytes() const { return source_.bytes(); }
+
+ private:
+  static constexpr int kWays = 6;
+  double read_once(int threads, int way) const {
+    static constexpr void (*kRead[kWays])(const char*, size_t) = {read_slice<1, 0>,    read_slice<2, 0>,    read_slice<4, 0>,
+                                                                  read_slice<1, 1024>, read_slice<2, 2048>, read_slice<4, 4096>};
+    const size_t slice = source_.bytes() / threads / 4096 * 4096;
+    const double s = timed(threads, [&](int id) { kRead[way](source_.data() + id * slice, slice); });
+    return slice * threads / s;
+  }
+
+  Buffer source_, target_;
+  std::vector<int> way_;
+};
+
+constexpr int kChains = 12;  // independent accumulators: latency 4-5 times two per cycle, and they fit 16 registers
+constexpr int kSteps = 200000;
+
+// Two operations per multiply-add.
+template <int Bytes>
+double fma(int threads) {
+  using V = Vec<float, Bytes>;
+  const double s = timed(threads, [](int) {
+    V acc[kChains] = {}, a = V{} + 0.999f, b = V{} + 1e-3f;
+    keep(a), keep(b);
+    for (int i = 0; i < kSteps; ++i)
+      for (auto& x : acc) {
+        x = x * a + b;
+        keep(x);
+      }
+  });
+  return 2.0 * (Bytes / 4) * kChains * kSteps * threads / s;
+}
+
+double fma_rate(int threads, int bits) {
+  if (bits > kWidest * 8) throw std::invalid_argument(std::to_string(bits) + "-bit vectors: this machine has " + std::to_string(kWidest * 8));
+  switch (bits) {
+    case 128: return fma<16>(threads);
+#if defined(__AVX2__)
+    case 256: return fma<32>(threads);
+#endif
+#if defined(__AVX512F__)
+    case 512: return fma<64>(threads);
+#endif
+    default: throw std::invalid_argument("vector width must be 128, 256 or 512 bits, got " + std::to_string(bits));
+  }
+}
+
+// u8 x s8 products: vpdpbusd at 512 bits, vpmaddubsw + vpaddw at 256. 0 where the machine has neither.
+double int8_rate(int threads, int bits) {
+#if defined(__AVX512VNNI__)
+  if (bits == 512) {
+    const double s = timed(threads, [](int) {
+      __m512i acc[kChains] = {}, a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-5);
+      keep(a), keep(b);
+      for (int i = 0; i < kSteps; ++i)
+        for (auto& x : acc) {
+          x = _mm512_dpbusd_epi32(x, a, b);
+          keep(x);
+        }
+    });
+    return 2.0 * 64 * kChains * kSteps * threads / s;
+  }
+#endif
+#if defined(__AVX2__)
+  if (bits == 256) {
+    const double s = timed(threads, [](int) {
+      __m256i acc[kChains] = {}, a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-5);
+      keep(b);
+      for (int i = 0; i < kSteps; ++i)
+        for (auto& x : acc) {
+          keep(a);  // else the product is computed once
+          x = _mm256_add_epi16(x, _mm256_maddubs_epi16(a, b));
+          keep(x);
+        }
+    });
+    return 2.0 * 32 * kChains * kSteps * threads / s;
+  }
+#endif
+  (void)threads, (void)bits;
+  return 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(kvkernels_limits, m) {
+  m.doc() = "Rates of this machine in bytes and operations per second.";
+  m.attr("widest_bits") = kWidest * 8;
+  const auto free = py::call_guard<py::gil_scoped_release>();
+  py::class_<Limits>(m, "Limits")
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def("read", &Limits::read, py::arg("threads"), free)
+      .def("copy", &Limits::copy, py::arg("threads"), free)
+      .def_property_readonly("bytes", &Limits::bytes);
+  m.def("fma", &fma_rate, py::arg("threads"), py::arg("bits"), free);
+  m.def("int8", &int8_rate, py::arg("threads"), py::arg("bits"), free);
+}
