@@ -1,0 +1,138 @@
+#include "bind/pool.h"
+
+namespace kk::bind {
+
+const PoolNames kPoolNames[kMaxPools] = {
+    {"pool 0", "k_cache of pool 0", "v_cache of pool 0"}, {"pool 1", "k_cache of pool 1", "v_cache of pool 1"},
+    {"pool 2", "k_cache of pool 2", "v_cache of pool 2"}, {"pool 3", "k_cache of pool 3", "v_cache of pool 3"},
+    {"pool 4", "k_cache of pool 4", "v_cache of pool 4"}, {"pool 5", "k_cache of pool 5", "v_cache of pool 5"},
+    {"pool 6", "k_cache of pool 6", "v_cache of pool 6"}, {"pool 7", "k_cache of pool 7", "v_cache of pool 7"},
+};
+
+namespace {
+
+std::string pair_name(const FormatCode& f) { return std::string(format_name(f.k)) + "/" + format_name(f.v); }
+
+bool known(int64_t number) {
+  switch (number) {
+#define KK_FORMAT(name, n) case n:
+#include "kvkernels/formats.def"
+#undef KK_FORMAT
+    return true;
+  }
+  return false;
+}
+
+bool is_packed(Format f) {
+  bool packed = false;
+  with_format(f, [&](auto fmt) { packed = decltype(fmt)::packed; });
+  return packed;
+}
+
+unsigned cache_dtype(Format f) { return f == Format::bf16 ? kBF16 : kF16; }
+
+}  // namespace
+
+const char* format_name(Format f) {
+  const char* name = "";
+  with_format(f, [&](auto fmt) { name = decltype(fmt)::name; });
+  return name;
+}
+
+FormatCode format_code(const Check& c, const char* pool, int64_t code) {
+  const int64_t k = code & 255, v = code >> 8 & 255;
+  for (const int64_t n : {k, v})
+    if (!known(n)) {
+      std::string list;
+#define KK_FORMAT(name, number) list += " " #name "=" #number;
+#include "kvkernels/formats.def"
+#undef KK_FORMAT
+      c.refuse(pool, ": unknown KV format number ", n, "; there are:", list);
+    }
+  if (code < 0 || code >> 17) c.refuse(pool, ": format code ", code, " is not k | v << 8 | two_caches << 16");
+  FormatCode f{static_cast<Format>(k), static_cast<Format>(v), (code >> 16) != 0, false};
+  f.packed = is_packed(f.k) || is_packed(f.v);
+  if (f.two_caches && f.packed) c.refuse(pool, ": two separate caches hold 16-bit formats, not ", pair_name(f));
+  return f;
+}
+
+void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64_t page_size, int64_t head_dim,
+                    const char* head_dim_from) {
+  if (f.packed) {
+    if (page_size < 16 || page_size % 16)
+      c.refuse("page_size must be a multiple of 16, because ", pool, " is ", pair_name(f), "; got ", page_size);
+    if (head_dim != 64 && head_dim != 128 && head_dim != 256)
+      c.refuse("head_dim must be one of 64, 128, 256, because ", pool, " is ", pair_name(f), "; got ", head_dim, " from ",
+               head_dim_from);
+    return;
+  }
+  if (page_size < 1) c.refuse("page_size must be at least 1, got ", page_size);
+  switch (head_dim) {
+    case 64: case 80: case 96: case 112: case 128: case 192: case 256:  // clang-format off
+      return;  // clang-format on
+  }
+  c.refuse("head_dim must be one of 64, 80, 96, 112, 128, 192, 256; got ", head_dim, " from ", head_dim_from);
+}
+
+Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,
+               int64_t page_size, int64_t head_dim) {
+  Pool p{};
+  p.k_format = f.k;
+  p.v_format = f.v;
+  if (f.two_caches) {
+    if (!second) c.refuse(names.record, " is two 16-bit caches, but ", names.v, " was not given");
+    const View k = c.is(names.k, first, cache_dtype(f.k), "?num_pages Hkv ?page_size D");
+    const View v = c.is(names.v, *second, cache_dtype(f.v), "?num_pages Hkv ?page_size D");
+    for (const View* w : {&k, &v})
+      if (w->size[2] != page_size)
+        c.refuse(w->name, " must be [num_pages, Hkv, page_size, D], got ", shape_text(w->size, 4), "; page_size = ", page_size);
+    if (k.size[0] != v.size[0])
+      c.refuse(names.v, " has ", v.size[0], " pages, but ", names.k, " has ", k.size[0]);
+    p.k = const_cast<uint8_t*>(k.data<uint8_t>());
+    p.v = const_cast<uint8_t*>(v.data<uint8_t>());
+    p.k_page = k.stride[0] * 2, p.k_head = k.stride[1] * 2, p.k_token = k.stride[2] * 2;
+    p.v_page = v.stride[0] * 2, p.v_head = v.stride[1] * 2, p.v_token = v.stride[2] * 2;
+    p.num_pages = k.size[0];
+    return p;
+  }
+  if (second) c.refuse(names.record, " is one uint8 tensor of records, but a second cache was given");
+  const View r = c.is(names.record, first, kU8, "?num_pages Hkv ?page_bytes");
+  const int64_t need = page_bytes(f.k, f.v, page_size, head_dim);
+  if (r.size[2] != need)
+    c.refuse(names.record, ": pages of ", r.size[2], " bytes, but ", pair_name(f), " with page_size ", page_size,
+             " and head_dim ", head_dim, " needs ", need);
+  p.k = const_cast<uint8_t*>(r.data<uint8_t>());
+  p.v = p.k + side_bytes(f.k, Side::K, page_size, head_dim);
+  p.k_page = p.v_page = r.stride[0];
+  p.k_head = p.v_head = r.stride[1];
+  p.k_token = is_packed(f.k) ? 0 : head_dim * 2;
+  p.v_token = is_packed(f.v) ? 0 : head_dim * 2;
+  p.num_pages = r.size[0];
+  return p;
+}
+
+Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,
+                        int64_t page_size, int64_t head_dim) {
+  const Pool p = make_pool(c, names, f, first, second, page_size, head_dim);
+  c.writable(view(f.two_caches ? names.k : names.record, first));
+  if (second) c.writable(view(names.v, *second));
+  return p;
+}
+
+KeyTransform make_transform(Check& c, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance) {
+  const View mu = c.is("centre", centre, kF32, "Hkv D"), t = c.is("balance", balance, kF32, "Hkv D");
+  KeyTransform transform{nullptr, nullptr};
+  if (mu) c.contiguous(mu), transform.centre = mu.data<float>();
+  if (t) c.contiguous(t), transform.balance = t.data<float>();
+  return transform;
+}
+
+void check_slots(const Check& c, const View& slots, const char* pool, const Pool& p, int64_t page_size) {
+  const int64_t* s = slots.data<int64_t>();
+  const int64_t end = p.num_pages * page_size;
+  for (int64_t i = 0; i < slots.size[0]; ++i)
+    if (s[i] >= end)
+      c.refuse("slots[", i, "] = ", s[i], ", but ", pool, " has ", p.num_pages, " pages of ", page_size, " tokens");
+}
+
+}  // namespace kk::bind

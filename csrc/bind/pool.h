@@ -1,0 +1,40 @@
+// From the tensors of a pool and its format number to kk::Pool.
+#pragma once
+#include "bind/check.h"
+
+namespace kk::bind {
+
+// Format argument of the ops: k_number | v_number << 8 | two_caches << 16.
+struct FormatCode {
+  Format k, v;
+  bool two_caches;
+  bool packed;  // on either side
+};
+
+// Names of the tensors of one pool in messages.
+struct PoolNames {
+  const char* record;  // uint8 [num_pages, Hkv, page_bytes]
+  const char* k;       // or two 16-bit caches [num_pages, Hkv, page_size, D]
+  const char* v;
+};
+extern const PoolNames kPoolNames[kMaxPools];  // "pool 0", ...
+
+const char* format_name(Format f);
+FormatCode format_code(const Check& c, const char* pool, int64_t code);
+// What the format allows: head dims 64 128 256 and multiples of 16 tokens when a side is packed, more when none is.
+void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64_t page_size, int64_t head_dim,
+                    const char* head_dim_from);
+
+// Binds (or checks) Hkv; D must be bound. `second` is the V cache when f.two_caches, else null.
+Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,
+               int64_t page_size, int64_t head_dim);
+// As make_pool, and the pool is going to be written.
+Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,
+                        int64_t page_size, int64_t head_dim);
+
+KeyTransform make_transform(Check& c, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance);
+
+// Slots of a CPU call are visible, so a write outside the pool is an error and not a corruption. Costs 0.3 ns each.
+void check_slots(const Check& c, const View& slots, const char* pool, const Pool& p, int64_t page_size);
+
+}  // namespace kk::bind

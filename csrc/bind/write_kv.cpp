@@ -1,0 +1,52 @@
+// write_kv: schema, checks.
+#include "kvkernels/ops/write_kv.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "bind/check.h"
+#include "bind/exec.h"
+#include "bind/pool.h"
+
+namespace kk::bind {
+namespace {
+
+constexpr PoolNames kNames{"pool", "k_cache of pool", "v_cache of pool"};
+
+void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t format,
+              int64_t page_size, const Tensor& slots_arg, const std::optional<Tensor>& centre,
+              const std::optional<Tensor>& balance) {
+  Check c("write_kv");
+  const View k = c.is("k", k_arg, kFloats, "T Hkv D"), v = c.is("v", v_arg, kFloats, "T Hkv D");
+  c.same_dtype(v, k);
+  const FormatCode f = format_code(c, kNames.record, format);
+  check_geometry(c, kNames.record, f, page_size, k.size[2], "k.size(2)");
+  if (f.k == Format::kivi2)
+    c.refuse(
+        "kivi2 codes the keys of a whole page at once, so they cannot be written token by token; write the tokens to a "
+        "16-bit pool and re-encode its full pages with pack_pages");
+  WriteKvParams p{};
+  p.pool = make_writable_pool(c, kNames, f, pool, pool_v ? &*pool_v : nullptr, page_size, k.size[2]);
+  const View slots = c.is("slots", slots_arg, kI64, "T");
+  p.transform = make_transform(c, centre, balance);
+  check_slots(c, slots, kNames.record, p.pool, page_size);
+
+  p.k = k.data();
+  p.v = v.data();
+  p.k_token = k.stride[0], p.k_head = k.stride[1];
+  p.v_token = v.stride[0], p.v_head = v.stride[1];
+  p.dtype = dtype_of(k);
+  p.slots = slots.data<int64_t>();
+  p.T = k.size[0], p.Hkv = k.size[1], p.D = k.size[2];
+  p.page_size = page_size;
+  if (p.T > 0 && p.Hkv > 0) cpu::write_kv(p, cpu_exec());
+}
+
+}  // namespace
+}  // namespace kk::bind
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
+  m.def(
+      "write_kv(Tensor k, Tensor v, Tensor(a!) pool, Tensor(b!)? pool_v, int format, SymInt page_size, Tensor slots, "
+      "Tensor? centre, Tensor? balance) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("write_kv", TORCH_BOX(&kk::bind::write_kv)); }
