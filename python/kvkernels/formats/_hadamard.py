@@ -68,7 +68,7 @@ def fwht_scale(n: int) -> float:
 
 
 def fwht(x: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * H x over the last dim. Stages run from stride 1 upwards: at sizes 2^k, fp32 results are the kernels' bits."""
+    """scale * H x over the last dim. Stages run from stride 1 upwards: at sizes 2^k fp32 gives the kernels' bits."""
     m, power = split_size(x.shape[-1])
     stride = 1
     while stride < power:

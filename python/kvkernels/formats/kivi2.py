@@ -31,9 +31,10 @@ def _affine(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Groups along dim -> codes uint8, scale and zero fp16 with that dim of size 1."""
     finite = x.isfinite().all(dim, keepdim=True)
     x = x.where(finite, 0.0)
-    # + 0.0 turns a minimum of -0.0 into 0.0: which zero a minimum picks is not defined
-    zero = (x.amin(dim, keepdim=True) + 0.0).clamp(-MAX_SCALE, MAX_SCALE).half()
-    span = x.amax(dim, keepdim=True) - zero.float()
+    # + 0.0: -0.0 becomes 0.0, since which of the two zeros a minimum picks is not defined
+    low, high = x.amin(dim, keepdim=True) + 0.0, x.amax(dim, keepdim=True) + 0.0
+    zero = low.clamp(-MAX_SCALE, MAX_SCALE).half()
+    span = high - zero.float()
     # a tensor, since dividing by a number may multiply by its rounded reciprocal
     scale = (span / torch.full_like(span, 3.0)).clamp(0.0, MAX_SCALE).half()
     s = scale.float()
