@@ -121,7 +121,8 @@ View Check::any(const char* name, const Tensor& t, unsigned allowed) {
     device_type_ = type;
     device_index_ = index;
   } else if (type != device_type_ || index != device_index_) {
-    refuse(name, " is on ", device_text(type, index), ", but ", first_, " is on ", device_text(device_type_, device_index_));
+    refuse(name, " is on ", device_text(type, index), ", but ", first_, " is on ",
+           device_text(device_type_, device_index_));
   }
   if (!(v.dtype & allowed)) refuse(name, " must be ", set_text(allowed), ", got ", dtype_text(v));
   if (v.dim > 0 && v.size[v.dim - 1] > 1 && v.stride[v.dim - 1] != 1)
@@ -178,7 +179,8 @@ void Check::refuse_shape(const View& v, const char* shape, const Bound* why) con
 }
 
 void Check::same_dtype(const View& v, const View& like) const {
-  if (v.dtype != like.dtype) refuse(v.name, " must be ", dtype_text(like), " like ", like.name, ", got ", dtype_text(v));
+  if (v.dtype != like.dtype)
+    refuse(v.name, " must be ", dtype_text(like), " like ", like.name, ", got ", dtype_text(v));
 }
 
 void Check::contiguous(const View& v) const {

@@ -36,7 +36,8 @@ class Workspace {
     if (bytes <= 0) return;
     const int64_t size = bytes + 63, stride = 1;
     // the C shim directly: torch::stable::empty goes through the dispatcher, which costs 1 us more
-    if (aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &handle_))
+    if (aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0,
+                                 &handle_))
       throw std::runtime_error("kvkernels: no memory for a workspace of " + std::to_string(bytes) + " bytes");
     void* p = nullptr;
     torch_get_mutable_data_ptr(handle_, &p);

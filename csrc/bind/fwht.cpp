@@ -23,8 +23,10 @@ bool one_row_stride(const View& x, int64_t* stride) {
   int64_t expect = -1;
   for (int64_t i = x.dim - 2; i >= 0; --i) {
     if (x.size[i] == 1) continue;
-    if (expect < 0) *stride = x.stride[i];
-    else if (x.stride[i] != expect) return false;
+    if (expect < 0)
+      *stride = x.stride[i];
+    else if (x.stride[i] != expect)
+      return false;
     expect = x.stride[i] * x.size[i];
   }
   return true;

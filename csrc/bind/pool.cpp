@@ -62,13 +62,19 @@ void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64
     if (page_size < 16 || page_size % 16)
       c.refuse("page_size must be a multiple of 16, because ", pool, " is ", pair_name(f), "; got ", page_size);
     if (head_dim != 64 && head_dim != 128 && head_dim != 256)
-      c.refuse("head_dim must be one of 64, 128, 256, because ", pool, " is ", pair_name(f), "; got ", head_dim, " from ",
-               head_dim_from);
+      c.refuse("head_dim must be one of 64, 128, 256, because ", pool, " is ", pair_name(f), "; got ", head_dim,
+               " from ", head_dim_from);
     return;
   }
   if (page_size < 1) c.refuse("page_size must be at least 1, got ", page_size);
   switch (head_dim) {
-    case 64: case 80: case 96: case 112: case 128: case 192: case 256:  // clang-format off
+    case 64:
+    case 80:
+    case 96:
+    case 112:
+    case 128:
+    case 192:
+    case 256:  // clang-format off
       return;  // clang-format on
   }
   c.refuse("head_dim must be one of 64, 80, 96, 112, 128, 192, 256; got ", head_dim, " from ", head_dim_from);
@@ -85,9 +91,9 @@ Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tens
     const View v = c.is(names.v, *second, cache_dtype(f.v), "?num_pages Hkv ?page_size D");
     for (const View* w : {&k, &v})
       if (w->size[2] != page_size)
-        c.refuse(w->name, " must be [num_pages, Hkv, page_size, D], got ", shape_text(w->size, 4), "; page_size = ", page_size);
-    if (k.size[0] != v.size[0])
-      c.refuse(names.v, " has ", v.size[0], " pages, but ", names.k, " has ", k.size[0]);
+        c.refuse(w->name, " must be [num_pages, Hkv, page_size, D], got ", shape_text(w->size, 4),
+                 "; page_size = ", page_size);
+    if (k.size[0] != v.size[0]) c.refuse(names.v, " has ", v.size[0], " pages, but ", names.k, " has ", k.size[0]);
     p.k = const_cast<uint8_t*>(k.data<uint8_t>());
     p.v = const_cast<uint8_t*>(v.data<uint8_t>());
     p.k_page = k.stride[0] * 2, p.k_head = k.stride[1] * 2, p.k_token = k.stride[2] * 2;
@@ -111,8 +117,8 @@ Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tens
   return p;
 }
 
-Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,
-                        int64_t page_size, int64_t head_dim) {
+Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first,
+                        const Tensor* second, int64_t page_size, int64_t head_dim) {
   const Pool p = make_pool(c, names, f, first, second, page_size, head_dim);
   c.writable(view(f.two_caches ? names.k : names.record, first));
   if (second) c.writable(view(names.v, *second));

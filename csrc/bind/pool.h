@@ -29,8 +29,8 @@ void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64
 Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,
                int64_t page_size, int64_t head_dim);
 // As make_pool, and the pool is going to be written.
-Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,
-                        int64_t page_size, int64_t head_dim);
+Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first,
+                        const Tensor* second, int64_t page_size, int64_t head_dim);
 
 KeyTransform make_transform(Check& c, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance);
 

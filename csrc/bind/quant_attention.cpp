@@ -60,7 +60,8 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
   if (p.Tq < 1 || p.Tq > 16) c.refuse("q must have 1 to 16 tokens per sequence, got Tq = ", p.Tq, " from q.size(1)");
 
   if (formats.empty()) c.refuse("kv needs at least one pool");
-  if (formats.size() > kMaxPools) c.refuse("kv has ", formats.size(), " pools, but a page table tells at most ", kMaxPools, " apart");
+  if (formats.size() > kMaxPools)
+    c.refuse("kv has ", formats.size(), " pools, but a page table tells at most ", kMaxPools, " apart");
   size_t used = 0;
   for (size_t i = 0; i < formats.size(); ++i) {
     const PoolNames& names = kPoolNames[i];
@@ -76,7 +77,8 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
   p.page_size = page_size;
   p.Hkv = pools[0].size(1);
   if (p.Hkv < 1 || p.Hq % p.Hkv)
-    c.refuse("Hq must be a multiple of Hkv; Hq = ", p.Hq, " from q.size(", q.dim - 2, "), Hkv = ", p.Hkv, " from pool 0");
+    c.refuse("Hq must be a multiple of Hkv; Hq = ", p.Hq, " from q.size(", q.dim - 2, "), Hkv = ", p.Hkv,
+             " from pool 0");
 
   const View page_table = c.is("page_table", page_table_arg, kI32, "B ?max_pages");
   const View seq_lens = c.is("seq_lens", seq_lens_arg, kI32, "B");
@@ -129,7 +131,8 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "quant_attention(Tensor q, Tensor[] pools, int[] formats, SymInt page_size, Tensor page_table, Tensor seq_lens, "
-      "Tensor? centre, Tensor? balance, float scale, SymInt window_left, float softcap, Tensor? sinks, Tensor? alibi_slopes, "
+      "Tensor? centre, Tensor? balance, float scale, SymInt window_left, float softcap, Tensor? sinks, Tensor? "
+      "alibi_slopes, "
       "SymInt split_tokens, Tensor(a!) out, Tensor(b!)? lse) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("quant_attention", TORCH_BOX(&kk::bind::quant_attention)); }

@@ -12,9 +12,9 @@ namespace {
 
 constexpr PoolNames kNames{"pool", "k_cache of pool", "v_cache of pool"};
 
-void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t format, int64_t page_size, int64_t head_dim,
-             const Tensor& slots_arg, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance,
-             const Tensor& k_arg, const Tensor& v_arg) {
+void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t format, int64_t page_size,
+             int64_t head_dim, const Tensor& slots_arg, const std::optional<Tensor>& centre,
+             const std::optional<Tensor>& balance, const Tensor& k_arg, const Tensor& v_arg) {
   Check c("read_kv");
   c.bind("D", head_dim, "head_dim");
   const FormatCode f = format_code(c, kNames.record, format);
@@ -43,7 +43,8 @@ void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t fo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
-      "read_kv(Tensor pool, Tensor? pool_v, int format, SymInt page_size, SymInt head_dim, Tensor slots, Tensor? centre, "
+      "read_kv(Tensor pool, Tensor? pool_v, int format, SymInt page_size, SymInt head_dim, Tensor slots, Tensor? "
+      "centre, "
       "Tensor? balance, Tensor(a!) k, Tensor(b!) v) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("read_kv", TORCH_BOX(&kk::bind::read_kv)); }

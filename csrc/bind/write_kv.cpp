@@ -12,8 +12,8 @@ namespace {
 
 constexpr PoolNames kNames{"pool", "k_cache of pool", "v_cache of pool"};
 
-void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t format,
-              int64_t page_size, const Tensor& slots_arg, const std::optional<Tensor>& centre,
+void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, const std::optional<Tensor>& pool_v,
+              int64_t format, int64_t page_size, const Tensor& slots_arg, const std::optional<Tensor>& centre,
               const std::optional<Tensor>& balance) {
   Check c("write_kv");
   const View k = c.is("k", k_arg, kFloats, "T Hkv D"), v = c.is("v", v_arg, kFloats, "T Hkv D");
