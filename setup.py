@@ -1,0 +1,101 @@
+"""setuptools -> CMake -> one op library without Python symbols, kvkernels/libkvkernels.so.
+
+KVKERNELS_CUDA        auto (default) | on | off; auto builds CUDA when torch is a CUDA build, nvcc is found and there are kernels
+KVKERNELS_CUDA_ARCHS  CMake's CUDA_ARCHITECTURES, e.g. "80-real;90a-real"
+KVKERNELS_BUILD_DIR   build tree, build/release unless told
+CMAKE_ARGS, CMAKE_BUILD_TYPE, MAX_JOBS as usual
+"""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def tool(name: str) -> str:
+    """A build tool of this environment, which need not be activated, or of PATH."""
+    found = shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
+    if not found:
+        sys.exit(f"kvkernels: {name} not found; install it with: {sys.executable} -m pip install {name}")
+    return found
+
+
+def torch_dir() -> Path:
+    # Found, not imported: an import takes seconds, and only the headers and the link directory are wanted.
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit(
+            f"kvkernels: building needs torch >= 2.10 in {sys.executable}\n"
+            "(with pip's --no-build-isolation install torch first; without it pip fetches the newest)"
+        )
+    return Path(spec.origin).parent
+
+
+def nvcc() -> str | None:
+    """CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda: CMake itself does not look at the last."""
+    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    places = [os.environ.get("CUDACXX"), *(f"{h}/bin/nvcc" for h in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((p for p in places if p and os.path.exists(p)), None)
+
+
+class CMakeExtension(Extension):
+    def __init__(self, name: str) -> None:
+        super().__init__(name, sources=[], py_limited_api=True)
+
+
+class CMakeBuild(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python tag: no Python ABI
+
+    def build_extension(self, ext: Extension) -> None:
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        tree = Path(os.environ.get("KVKERNELS_BUILD_DIR", ROOT / "build" / "release")).resolve()
+        cmake, ninja = tool("cmake"), tool("ninja")
+        args = [
+            f"-DCMAKE_BUILD_TYPE={os.environ.get('CMAKE_BUILD_TYPE', 'Release')}",
+            # Always said again: the environment that pip builds in is gone next time, and with it a path in the cache.
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DKVKERNELS_TORCH_DIR={torch_dir()}",
+            f"-DKVKERNELS_CUDA={os.environ.get('KVKERNELS_CUDA', 'auto')}",
+        ]
+        if nvcc():
+            args.append(f"-DCMAKE_CUDA_COMPILER={nvcc()}")
+        if archs := os.environ.get("KVKERNELS_CUDA_ARCHS"):
+            args.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
+        args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        for command in (
+            [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", "--log-level=NOTICE", *args],
+            [cmake, "--build", str(tree), "-j", jobs],
+            # One tree serves the checkout and the wheel: the library is copied to where it is wanted.
+            [cmake, "--install", str(tree), "--prefix", str(package), "--component", "kvkernels"],
+        ):
+            if subprocess.run(command).returncode:
+                sys.exit(f"kvkernels: failed: {shlex.join(command)}")
+
+
+class PlatformWheel(bdist_wheel):
+    """py3-none-<platform>: native code, and nothing that depends on a Python ABI."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[CMakeExtension("kvkernels.libkvkernels")],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)
