@@ -76,6 +76,11 @@ class Format(NamedTuple):
         return CODECS[self.k].PACKED or CODECS[self.v].PACKED
 
     @property
+    def head_dims(self) -> tuple[int, ...]:
+        """The head dims a page can have."""
+        return PACKED_HEAD_DIMS if self.packed else HEAD_DIMS
+
+    @property
     def rotated_k(self) -> bool:
         """Whether keys are stored as H diag(balance) (k - centre)."""
         return CODECS[self.k].ROTATED
@@ -116,11 +121,10 @@ class Format(NamedTuple):
                 f"page_size must be a multiple of {PACKED_PAGE_MULTIPLE} for a packed format; got {page_size} "
                 f"with format {self.name}"
             )
-        allowed = PACKED_HEAD_DIMS if self.packed else HEAD_DIMS
-        if head_dim not in allowed:
+        if head_dim not in self.head_dims:
             kind = "a packed format" if self.packed else "a 16-bit format"
             raise ValueError(
-                f"head_dim must be one of {', '.join(map(str, allowed))} for {kind}; got {head_dim} "
+                f"head_dim must be one of {', '.join(map(str, self.head_dims))} for {kind}; got {head_dim} "
                 f"with format {self.name}"
             )
 
