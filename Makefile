@@ -1,0 +1,117 @@
+# `make demo` and `make test` need Python >= 3.10 with venv, a C++ compiler and make; they install the rest into .venv.
+# `make` alone lists what else there is.
+#
+# PYTHON=/path/to/python  works in that interpreter's environment instead, installs nothing, and says what it lacks
+# TORCH=torch==2.14.1     another torch for .venv (>= 2.10)
+# ARGS=...                passed on to the demo, the bench or pytest
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+ifdef PYTHON
+PY := $(PYTHON)
+BIN := $(abspath $(dir $(shell command -v $(PYTHON))))
+else
+PY := $(VENV)/bin/python
+BIN := $(CURDIR)/$(VENV)/bin
+BASE := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
+endif
+export PATH := $(BIN):$(PATH)
+# The checkout's package goes before an installed one.
+export PYTHONPATH := $(CURDIR)/python
+READY := $(VENV)/.ready-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
+CXX_FILES = $(shell find bench csrc include tests -name '*.h' -o -name '*.cpp')
+
+.PHONY: help demo test bench lint format wheel audit asan build test-build clean distclean env env-lint env-audit
+
+help:
+	@echo 'make demo    pack a real KV cache with every format: bytes, error, time per step against torch'
+	@echo 'make test    C++ header tests, pytest once per instruction set, wheel, README'
+	@echo 'make bench   kernels against the limits of this machine and their peers (ARGS=--help)'
+	@echo 'make lint    clang-format, ruff, mypy        make format   rewrites what lint would complain of'
+	@echo 'make wheel   dist/*.whl                      make audit    what the wheel needs from a machine'
+	@echo 'make asan    tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make clean   removes what was built          make distclean  and .venv'
+
+# ---- environment: a stamp per set of packages, so that pip runs only when a list has changed
+ifdef PYTHON
+env:
+	@$(PY) tools/env.py check test bench
+env-lint: env
+	@$(PY) tools/env.py check lint
+env-audit: env
+	@$(PY) tools/env.py check audit
+else
+env: $(READY)
+env-lint: $(READY)-lint
+env-audit: $(READY)-audit
+$(READY): pyproject.toml tools/env.py
+	@test -n "$(BASE)" || { echo 'kvkernels: needs Python >= 3.10 with venv; none found on PATH (or: make PYTHON=/path/to/python)'; exit 1; }
+	@$(BASE) tools/env.py create $(VENV) --torch '$(TORCH)' test bench
+	@touch $@
+$(READY)-%: $(READY)
+	@$(BASE) tools/env.py create $(VENV) --torch '$(TORCH)' $*
+	@touch $@
+endif
+
+build: env
+	@$(PY) setup.py -q build_ext --inplace
+
+# ---- what people want
+demo: build
+	@$(PY) -m bench.demo $(ARGS)
+
+bench: build
+	@$(PY) -m bench $(ARGS)
+
+test-build: env
+	@CMAKE_ARGS="-DKVKERNELS_TESTS=ON" $(PY) setup.py -q build_ext --inplace
+
+test: test-build
+	@echo '== C++ header tests'
+	@ctest --test-dir build/release --output-on-failure --no-tests=error
+	@isas=`$(PY) -c "import json, torch, kvkernels; print(*json.loads(torch.ops.kvkernels.build_info())['isas'][::-1])"` && \
+	only="" && for isa in $$isas; do \
+	  echo "== pytest, KVKERNELS_ISA=$$isa $$only" && \
+	  KVKERNELS_ISA=$$isa PYTEST_ADDOPTS="$$only" $(PY) -m pytest -q $(ARGS) || exit 1; \
+	  only="-m 'not once'"; \
+	done
+
+wheel: build
+	@rm -f dist/*.whl
+	@$(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+	@ls -l dist/*.whl
+
+audit: wheel env-audit
+	@$(PY) tools/audit_wheel.py dist/*.whl
+
+asan: env
+	@cmake --preset asan -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKVKERNELS_TESTS=ON --log-level=NOTICE
+	@cmake --build --preset asan
+	@ctest --test-dir build/asan --output-on-failure --no-tests=error
+	@lib() { realpath "$$($(CXX) -print-file-name=$$1)"; } && \
+	LD_PRELOAD="$$(lib libasan.so) $$(lib libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so $(PY) -m pytest -q -m 'not once' $(ARGS)
+
+lint: env-lint
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@clang-format --dry-run -Werror $(CXX_FILES)
+	@$(PY) -m mypy
+
+format: env-lint
+	@$(PY) -m ruff check --fix-only -q .
+	@$(PY) -m ruff format .
+	@clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist python/*.egg-info python/kvkernels/libkvkernels.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV)
