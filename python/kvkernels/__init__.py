@@ -1,0 +1,34 @@
+"""Attention over small KV caches: 2-, 3-, 4- and 8-bit pages in hand-written kernels for PyTorch.
+
+    import kvkernels as kk
+
+`kk.format` and `kk.formats` are functions. The package of the formats' definitions has the name of the latter, so take
+a module from it as `from kvkernels.formats import u2`.
+"""
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+from kvkernels.calibrate import calibrate_keys as calibrate_keys
+from kvkernels.formats import Format as Format
+from kvkernels.formats import format as format
+from kvkernels.ops import OPS as _OPS
+from kvkernels.paged_kv import KVTransform as KVTransform
+from kvkernels.paged_kv import PagedKV as PagedKV
+
+if TYPE_CHECKING:
+    # For editors and type checkers; at run time ops/ is the list.
+    from kvkernels.ops.fwht import fwht as fwht
+    from kvkernels.ops.merge_states import merge_states as merge_states
+    from kvkernels.ops.pack_pages import pack_pages as pack_pages
+    from kvkernels.ops.quant_attention import quant_attention as quant_attention
+    from kvkernels.ops.read_kv import read_kv as read_kv
+    from kvkernels.ops.write_kv import write_kv as write_kv
+else:
+    globals().update({name: getattr(module, name) for name, module in _OPS.items()})
+
+from kvkernels.info import info as info
+from kvkernels.kv_cache import KVCache as KVCache
+
+# Last: importing the submodule bound its name here. `from ... import formats` would do, but mypy takes it for the module.
+formats = _import_module("kvkernels.formats").formats

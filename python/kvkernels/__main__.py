@@ -1,0 +1,5 @@
+"""python -m kvkernels: what is installed and what it can do."""
+
+from kvkernels.info import info
+
+print(info())
