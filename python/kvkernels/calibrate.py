@@ -10,7 +10,7 @@ def calibrate_keys(k: Tensor, q: Tensor | None = None, skip: int = 16) -> KVTran
     """Centre and balance of a layer's keys, for `PagedKV(transform=...)`.
 
     k:    [T, Hkv, D] or [B, T, Hkv, D], any float dtype, after RoPE, as they enter the cache
-    q:    [T', Hq, D] or [B', T', Hq, D] after RoPE, Hq a multiple of Hkv, any tokens of the layer; None leaves balance 1
+    q:    [T', Hq, D] or [B', T', Hq, D] after RoPE, Hq a multiple of Hkv, any tokens of the layer; None: balance 1
     skip: the first tokens of every sequence, left out of the keys: attention sinks have keys unlike all others and stay
           in 16 bits
 

@@ -10,9 +10,10 @@ from kvkernels.formats import Format, format
 
 MAX_POOLS = 8  # a page-table entry is pool << 28 | page with a clear sign bit
 PAGE_BITS = 28
+PAGE_MASK = (1 << PAGE_BITS) - 1
 TWO_CACHES = 1 << 16  # of a pool's format code: K and V are two tensors
 
-_NAME_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
+FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 Pool = Tensor | tuple[Tensor, Tensor]
 
@@ -87,7 +88,7 @@ class PagedKV(NamedTuple):
             raise ValueError(f'layout must be "NHD" or "HND"; got {layout!r}')
         dims = "[num_pages, page_size, Hkv, D]" if layout == "NHD" else "[num_pages, Hkv, page_size, D]"
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            if cache.dtype not in _NAME_OF_DTYPE:
+            if cache.dtype not in FORMAT_OF_DTYPE:
                 raise TypeError(f"{name} must be bfloat16 or float16; got {cache.dtype}")
             if cache.dim() != 4:
                 raise ValueError(f"{name} must be {dims}, 4 dims; got {list(cache.shape)}")
@@ -99,7 +100,7 @@ class PagedKV(NamedTuple):
             )
         if k_cache.device != v_cache.device:
             raise ValueError(f"v_cache must be on the device of k_cache, {k_cache.device}; got {v_cache.device}")
-        fmt = Format(_NAME_OF_DTYPE[k_cache.dtype], _NAME_OF_DTYPE[v_cache.dtype])
+        fmt = Format(FORMAT_OF_DTYPE[k_cache.dtype], FORMAT_OF_DTYPE[v_cache.dtype])
         if layout == "NHD":
             k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         page_size, head_dim = k_cache.shape[2:]
