@@ -1,0 +1,46 @@
+"""The README's Python blocks run, in order, as one program each; its tables say what the code says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import kvkernels as kk
+
+pytestmark = pytest.mark.once
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, without its two top lines."""
+    section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_there_are_blocks() -> None:
+    assert BLOCKS
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), {"__name__": "__main__"})
+
+
+def test_format_table() -> None:
+    """Bits per element are counted in bytes of a page of 64 tokens and 128 channels."""
+    table = {row[0]: row for row in rows("Formats")}
+    assert set(table) == {f.k for f in kk.formats()}
+    for name, row in table.items():
+        assert float(row[2]) == pytest.approx(kk.format(name).bits_per_element(64, 128), abs=5e-4)
+
+
+def test_op_table() -> None:
+    listed = {name for row in rows("Ops") for name in re.findall(r"\w+", row[0])}
+    folder = ROOT / "python" / "kvkernels" / "ops"
+    assert {p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")} <= listed
+    assert all(hasattr(kk, name) for name in listed)
