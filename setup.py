@@ -1,6 +1,6 @@
 """setuptools -> CMake -> one op library without Python symbols, kvkernels/libkvkernels.so.
 
-KVKERNELS_CUDA        auto (default) | on | off; auto builds CUDA when torch is a CUDA build, nvcc is found and there are kernels
+KVKERNELS_CUDA        auto (default) | on | off; auto: where torch is a CUDA build, nvcc is found and there are kernels
 KVKERNELS_CUDA_ARCHS  CMake's CUDA_ARCHITECTURES, e.g. "80-real;90a-real"
 KVKERNELS_BUILD_DIR   build tree, build/release unless told
 CMAKE_ARGS, CMAKE_BUILD_TYPE, MAX_JOBS as usual
@@ -43,7 +43,8 @@ def torch_dir() -> Path:
 def nvcc() -> str | None:
     """CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda: CMake itself does not look at the last."""
     homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    places = [os.environ.get("CUDACXX"), *(f"{h}/bin/nvcc" for h in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    places = [os.environ.get("CUDACXX"), *(f"{h}/bin/nvcc" for h in (*homes, "/usr/local/cuda"))]
+    places.insert(-1, shutil.which("nvcc"))
     return next((p for p in places if p and os.path.exists(p)), None)
 
 

@@ -1,7 +1,7 @@
 """The wheel: its tag and content, life in environments of other Pythons and torches, and that nothing stays behind.
 
 KVKERNELS_TEST_PYTHONS  interpreters whose torch (>= 2.10) the wheel is tried with, separated by ":"
-KVKERNELS_TEST_TORCH    a version of torch to fetch for another Python than this one; off by default, as that may be gigabytes
+KVKERNELS_TEST_TORCH    a version of torch to fetch for another Python than this one; unset by default: gigabytes
 """
 
 import os
@@ -72,7 +72,7 @@ def site(python: "str | Path") -> Path:
 
 
 def lend_torch(python: Path, lender: "str | Path") -> None:
-    """Links what the lender has installed, without kvkernels, into the environment of `python`: gigabytes are not copied."""
+    """Links what the lender has installed, but for kvkernels, into the environment of `python`; nothing is copied."""
     torch = run(lender, "-c", "import importlib.util as u; print(u.find_spec('torch').origin)").strip()
     own = site(python)
     for entry in Path(torch).parent.parent.iterdir():

@@ -89,12 +89,13 @@ def objects(isa: str) -> list[Path]:
 @pytest.mark.skipif(not BUILD.exists(), reason=f"no build tree at {BUILD}: `make build` writes one")
 @pytest.mark.parametrize("isa", ISAS)
 def test_symbols_of_an_isa_stay_in_its_namespace(isa: str) -> None:
-    """Else the linker may keep the AVX-512 copy of an inline function for everybody, and an older machine dies of SIGILL."""
+    """Else the linker may keep the AVX-512 copy of an inline function for all, and an older machine dies of SIGILL."""
     if isa == "base":
         assert objects(isa), f"no objects of {isa} under {BUILD}"
     # kk::cpu holds the dispatchers, which only the base object defines
     spaces = [isa, "cpu"] if isa == "base" else [isa]
-    ours = re.compile(r"_Z(Z|GV|GVZ|TI|TS|TV|TT)?N[KVRO]*2kk(%s)" % "|".join(f"{len(s)}{s}" for s in spaces))
+    mangled = "|".join(f"{len(s)}{s}" for s in spaces)
+    ours = re.compile(rf"_Z(Z|GV|GVZ|TI|TS|TV|TT)?N[KVRO]*2kk({mangled})")
     stray = {
         f"{path.name}: {name}"
         for path in objects(isa)

@@ -1,4 +1,4 @@
-"""What a wheel asks of the machine it is installed on: platform tag, Python ABI, torch ABI. Fails when it asks too much.
+"""What a wheel asks of a machine: platform tag, Python ABI, torch ABI. Fails when it asks too much.
 
 python tools/audit_wheel.py dist/kvkernels-*.whl
 """
@@ -17,7 +17,10 @@ OLDEST_TORCH = "2.10.0"
 def run(*command: str) -> str:
     tool = Path(sys.executable).parent / command[0]
     done = subprocess.run(
-        [str(tool) if tool.exists() else command[0], *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(tool) if tool.exists() else command[0], *command[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     print(f"== {' '.join(Path(c).name if '/' in c else c for c in command)}\n{done.stdout.strip()}\n", flush=True)
     if done.returncode:

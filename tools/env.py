@@ -1,7 +1,7 @@
 """Prepares or checks the Python environment that the Makefile works in. Standard library only, any Python 3.
 
-    python tools/env.py create .venv --torch torch==2.13.0 [group ...]    a virtual environment with all that the groups need
-    python tools/env.py check [group ...]                                 says what this interpreter's environment lacks
+    python tools/env.py create .venv --torch torch==2.13.0 [group ...]   a virtual environment with what the groups need
+    python tools/env.py check [group ...]                                says what this interpreter's environment lacks
 
 Groups are the extras of pyproject.toml.
 """
@@ -27,7 +27,7 @@ def version(text):
 
 def check_machine():
     if sys.version_info < (3, 10):
-        stop(f"needs Python >= 3.10; {sys.executable} is {sys.version.split()[0]} (choose one: make PYTHON=/path/to/python)")
+        stop(f"needs Python >= 3.10; {sys.executable} is {sys.version.split()[0]} (or: make PYTHON=/path/to/python)")
     compiler = os.environ.get("CXX", "c++").split()[0]
     if not shutil.which(compiler) and not shutil.which("g++"):
         stop(f"needs a C++17 compiler; {compiler} was not found (Debian: apt-get install g++; or set CXX)")
@@ -53,7 +53,7 @@ def create(folder, torch, groups):
             import ensurepip  # noqa: F401
             import venv  # noqa: F401
         except ImportError:
-            stop("this Python has no venv (Debian: apt-get install python3-venv), or use your own environment: make PYTHON=python")
+            stop("this Python has no venv (Debian: apt-get install python3-venv; or: make PYTHON=/path/to/python)")
         print(f"kvkernels: creating {folder} with Python {sys.version.split()[0]}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     # torch first and alone: its pin must decide before anything else can ask for "some torch".
