@@ -6,12 +6,12 @@
 a module from it as `from kvkernels.formats import u2`.
 """
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from kvkernels.calibrate import calibrate_keys as calibrate_keys
 from kvkernels.formats import Format as Format
 from kvkernels.formats import format as format
+from kvkernels.formats import formats as formats  # after the import of the submodule, which binds this name too
 from kvkernels.ops import OPS as _OPS
 from kvkernels.paged_kv import KVTransform as KVTransform
 from kvkernels.paged_kv import PagedKV as PagedKV
@@ -29,6 +29,3 @@ else:
 
 from kvkernels.info import info as info
 from kvkernels.kv_cache import KVCache as KVCache
-
-# Last: importing the submodule bound its name here. `from ... import formats` would do, but mypy takes it for the module.
-formats = _import_module("kvkernels.formats").formats
