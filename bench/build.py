@@ -1,4 +1,4 @@
-"""Builds the roofline probe (bench/native) for this machine into build/bench: `python -m bench.build`. Quick when it is there."""
+"""Builds the roofline probe (bench/native) for this machine into build/bench: `python -m bench.build`."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def build(verbose: bool = False) -> Path:
     try:
         import pybind11
     except ImportError:
-        raise SystemExit("bench: the roofline probe needs pybind11; `make bench` installs it, or: pip install pybind11") from None
+        raise SystemExit("bench: the roofline probe needs pybind11 (`make bench` installs it)") from None
     beside = Path(sys.executable).parent / "cmake"
     cmake = str(beside) if beside.exists() else shutil.which("cmake")
     if cmake is None:
-        raise SystemExit("bench: the roofline probe needs cmake; `make bench` installs it, or: pip install cmake")
+        raise SystemExit("bench: the roofline probe needs cmake (`make bench` installs it)")
     print("bench: building the roofline probe for this machine (once)", file=sys.stderr, flush=True)
     tree = path.parent / "cmake"
     steps = [
@@ -65,7 +65,8 @@ def build(verbose: bool = False) -> Path:
 def load() -> ModuleType:
     path = build()
     spec = importlib.util.spec_from_file_location(MODULE, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -23,7 +23,8 @@ namespace {
 // Seconds from the moment all threads stand ready to the moment the last one is done; thread creation is outside.
 template <typename F>
 double timed(int threads, const F& work) {
-  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be 1..1024, got " + std::to_string(threads));
+  if (threads < 1 || threads > 1024)
+    throw std::invalid_argument("threads must be 1..1024, got " + std::to_string(threads));
   using Clock = std::chrono::steady_clock;
   std::atomic<int> ready{0};
   std::vector<Clock::time_point> begin(threads), end(threads);
@@ -132,7 +133,8 @@ class Limits {
   // Bytes copied per second (each of them is read once and written once).
   double copy(int threads) {
     const size_t slice = source_.bytes() / threads / 4096 * 4096;
-    const double s = timed(threads, [&](int id) { memcpy(target_.data() + id * slice, source_.data() + id * slice, slice); });
+    const double s =
+        timed(threads, [&](int id) { memcpy(target_.data() + id * slice, source_.data() + id * slice, slice); });
     return slice * threads / s;
   }
 
@@ -141,8 +143,9 @@ class Limits {
  private:
   static constexpr int kWays = 6;
   double read_once(int threads, int way) const {
-    static constexpr void (*kRead[kWays])(const char*, size_t) = {read_slice<1, 0>,    read_slice<2, 0>,    read_slice<4, 0>,
-                                                                  read_slice<1, 1024>, read_slice<2, 2048>, read_slice<4, 4096>};
+    static constexpr void (*kRead[kWays])(const char*, size_t) = {read_slice<1, 0>,    read_slice<2, 0>,
+                                                                  read_slice<4, 0>,    read_slice<1, 1024>,
+                                                                  read_slice<2, 2048>, read_slice<4, 4096>};
     const size_t slice = source_.bytes() / threads / 4096 * 4096;
     const double s = timed(threads, [&](int id) { kRead[way](source_.data() + id * slice, slice); });
     return slice * threads / s;
@@ -152,72 +155,87 @@ class Limits {
   std::vector<int> way_;
 };
 
-constexpr int kChains = 12;  // independent accumulators: latency 4-5 times two per cycle, and they fit 16 registers
-constexpr int kSteps = 200000;
+constexpr int kChains = 12;    // independent accumulators: latency 4-5 times two per cycle, and they fit 16 registers
+constexpr int kSteps = 50000;  // under a millisecond
+
+// x <- step(x) on every chain, in registers.
+template <typename V, typename F>
+void chains(const F& step) {
+  V acc[kChains] = {};
+  for (int i = 0; i < kSteps; ++i)
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) acc[c] = step(acc[c]);
+  V sum = acc[0];
+#pragma GCC unroll 16
+  for (int c = 1; c < kChains; ++c) sum += acc[c];
+  keep(sum);
+}
 
 // Two operations per multiply-add.
 template <int Bytes>
 double fma(int threads) {
   using V = Vec<float, Bytes>;
   const double s = timed(threads, [](int) {
-    V acc[kChains] = {}, a = V{} + 0.999f, b = V{} + 1e-3f;
+    V a = V{} + 0.999f, b = V{} + 1e-3f;
     keep(a), keep(b);
-    for (int i = 0; i < kSteps; ++i)
-      for (auto& x : acc) {
-        x = x * a + b;
-        keep(x);
-      }
+    chains<V>([&](V x) { return x * a + b; });
   });
   return 2.0 * (Bytes / 4) * kChains * kSteps * threads / s;
 }
 
 double fma_rate(int threads, int bits) {
-  if (bits > kWidest * 8) throw std::invalid_argument(std::to_string(bits) + "-bit vectors: this machine has " + std::to_string(kWidest * 8));
+  if (bits > kWidest * 8)
+    throw std::invalid_argument(std::to_string(bits) + "-bit vectors: this machine has " + std::to_string(kWidest * 8));
   switch (bits) {
-    case 128: return fma<16>(threads);
+    case 128:
+      return fma<16>(threads);
 #if defined(__AVX2__)
-    case 256: return fma<32>(threads);
+    case 256:
+      return fma<32>(threads);
 #endif
 #if defined(__AVX512F__)
-    case 512: return fma<64>(threads);
+    case 512:
+      return fma<64>(threads);
 #endif
-    default: throw std::invalid_argument("vector width must be 128, 256 or 512 bits, got " + std::to_string(bits));
+    default:
+      throw std::invalid_argument("vector width must be 128, 256 or 512 bits, got " + std::to_string(bits));
   }
 }
 
-// u8 x s8 products: vpdpbusd at 512 bits, vpmaddubsw + vpaddw at 256. 0 where the machine has neither.
-double int8_rate(int threads, int bits) {
+// u8 x s8 products: vpdpbusd with VNNI, else vpmaddubsw + vpaddw. 0 where the machine has neither.
+double int8_rate(int threads, int bits, bool vnni) {
+  double s = 0;
 #if defined(__AVX512VNNI__)
-  if (bits == 512) {
-    const double s = timed(threads, [](int) {
-      __m512i acc[kChains] = {}, a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-5);
+  if (bits == 512 && vnni)
+    s = timed(threads, [](int) {
+      __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-5);
       keep(a), keep(b);
-      for (int i = 0; i < kSteps; ++i)
-        for (auto& x : acc) {
-          x = _mm512_dpbusd_epi32(x, a, b);
-          keep(x);
-        }
+      chains<__m512i>([&](__m512i x) { return _mm512_dpbusd_epi32(x, a, b); });
     });
-    return 2.0 * 64 * kChains * kSteps * threads / s;
-  }
+#endif
+#if defined(__AVX512BW__)
+  if (bits == 512 && !vnni)
+    s = timed(threads, [](int) {
+      __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-5);
+      keep(b);
+      chains<__m512i>([&](__m512i x) {
+        keep(a);  // else the product is computed once
+        return _mm512_add_epi16(x, _mm512_maddubs_epi16(a, b));
+      });
+    });
 #endif
 #if defined(__AVX2__)
-  if (bits == 256) {
-    const double s = timed(threads, [](int) {
-      __m256i acc[kChains] = {}, a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-5);
+  if (bits == 256 && !vnni)
+    s = timed(threads, [](int) {
+      __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-5);
       keep(b);
-      for (int i = 0; i < kSteps; ++i)
-        for (auto& x : acc) {
-          keep(a);  // else the product is computed once
-          x = _mm256_add_epi16(x, _mm256_maddubs_epi16(a, b));
-          keep(x);
-        }
+      chains<__m256i>([&](__m256i x) {
+        keep(a);
+        return _mm256_add_epi16(x, _mm256_maddubs_epi16(a, b));
+      });
     });
-    return 2.0 * 32 * kChains * kSteps * threads / s;
-  }
 #endif
-  (void)threads, (void)bits;
-  return 0;
+  return s > 0 ? 2.0 * (bits / 8) * kChains * kSteps * threads / s : 0;
 }
 
 }  // namespace
@@ -232,5 +250,5 @@ PYBIND11_MODULE(kvkernels_limits, m) {
       .def("copy", &Limits::copy, py::arg("threads"), free)
       .def_property_readonly("bytes", &Limits::bytes);
   m.def("fma", &fma_rate, py::arg("threads"), py::arg("bits"), free);
-  m.def("int8", &int8_rate, py::arg("threads"), py::arg("bits"), free);
+  m.def("int8", &int8_rate, py::arg("threads"), py::arg("bits"), py::arg("vnni"), free);
 }

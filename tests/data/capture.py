@@ -39,7 +39,7 @@ def plain_text(folder: Path) -> str:
 
 def rope(x: torch.Tensor, theta: float) -> torch.Tensor:
     """x [H, T, D], positions 0 .. T-1, halves rotated against each other as Llama does."""
-    heads, tokens, dim = x.shape
+    tokens, dim = x.shape[-2:]
     inverse = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
     angle = torch.outer(torch.arange(tokens).float(), inverse).repeat(1, 2)
     swapped = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], dim=-1)

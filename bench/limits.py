@@ -1,0 +1,44 @@
+"""What the machine can do, sampled between the runs that it limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import build
+
+BITS = {"base": 128, "avx2": 256, "avx512": 512, "avx512vnni": 512}
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of CPU 0."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[text[-1]])
+    return max(sizes, default=32 * 2**20)
+
+
+class Limits:
+    """Rates in bytes or operations per second on a number of threads, for the vector width of an ISA."""
+
+    def __init__(self, isa: str) -> None:
+        self.native = build.load()
+        self.isa = isa
+        # Reading it also empties the caches of what ran before.
+        self.memory = self.native.Limits(max(128 * 2**20, 4 * last_level_cache()))
+
+    def read(self, threads: int) -> float:
+        return self.memory.read(threads)
+
+    def copy(self, threads: int) -> float:
+        return self.memory.copy(threads)
+
+    def fma(self, threads: int) -> float:
+        return self.native.fma(threads, BITS[self.isa])
+
+    def int8(self, threads: int) -> float:
+        """Products of bytes where the ISA has them, else the FMA rate."""
+        return self.native.int8(threads, BITS[self.isa], self.isa == "avx512vnni") or self.fma(threads)
+
+    def sample(self, threads: int) -> dict[str, float]:
+        return {name: getattr(self, name)(threads) for name in ("read", "copy", "fma", "int8")}

@@ -1,0 +1,69 @@
+"""Decode attention: every format against torch on contiguous 16- and 32-bit K and V. Llama-3-8B's heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+import kvkernels as kk
+from bench import peers
+from bench.pages import HKV, HQ, PAGE, D, attend, paged
+from bench.race import Contestant, Race
+
+FORMATS = ("bf16", "u8", "u4", "u3", "u2", "kivi2")
+SHAPES = ((1, 8192), (1, 32768), (8, 8192), (8, 32768))
+QUICK_SHAPES = ((1, 2048),)
+PEERS = {"sdpa": peers.sdpa, "matmul": peers.matmul}
+
+
+def cost(name: str, batch: int, length: int) -> tuple[float, float]:
+    """Bytes read and flops: the pages once, a multiply and an add per query head for K and for V; q and out besides."""
+    page_bytes = kk.format(name).page_bytes(PAGE, D)
+    return batch * (length // PAGE * HKV * page_bytes + 2 * HQ * D * 2), 4.0 * batch * HQ * length * D
+
+
+def races(threads: int, quick: bool) -> Iterator[Race]:
+    for batch, length in QUICK_SHAPES if quick else SHAPES:
+        torch.manual_seed(0)
+        k, v = (torch.randn(length, HKV, D, dtype=torch.bfloat16) for _ in "kv")
+        q = torch.randn(batch, HQ, D, dtype=torch.bfloat16)
+        lens = torch.full((batch,), length, dtype=torch.int32)
+        contestants = []
+        for name in FORMATS:
+            kv, table = paged(k, v, name, batch)
+            reads, flops = cost(name, batch, length)
+            contestants.append(
+                Contestant(
+                    name,
+                    partial(attend, q, kv, table, lens),
+                    reads,
+                    flops,
+                    # 2-bit codes can be multiplied as bytes, 16-bit rows cannot
+                    rate="fma" if name == "bf16" else "int8",
+                )
+            )
+        against = ["bf16"]
+        flat = [x.transpose(0, 1).expand(batch, -1, -1, -1).contiguous() for x in (k, v)]
+        del k, v
+        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            k_flat, v_flat = (x.to(dtype) for x in flat)
+            q_same = q.to(dtype)
+            size = 2.0 * k_flat.numel() * k_flat.element_size()
+            for name, function in PEERS.items():
+                contestants.append(
+                    Contestant(
+                        f"{name} {short}",
+                        partial(function, q_same, k_flat, v_flat),
+                        size,
+                        4.0 * batch * HQ * length * D,
+                        peer=True,
+                    )
+                )
+                against.append(f"{name} {short}")
+        if batch == 1:
+            for name, step in peers.hf_caches(flat[0], flat[1], q).items():
+                contestants.append(Contestant(name, step, cost("u2", batch, length)[0], 0.0, peer=True))
+                against.append(name)
+        yield Race("quant_attention", f"B{batch} L{length}", threads, contestants, against)
