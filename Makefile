@@ -25,7 +25,7 @@ export PYTHONPATH := $(CURDIR)/python
 READY := $(VENV)/.ready-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 CXX_FILES = $(shell find bench csrc include tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: help demo test bench lint format wheel audit asan build test-build clean distclean env env-lint env-audit
+.PHONY: help demo test bench lint format wheel audit asan build test-build clean distclean env
 
 help:
 	@echo 'make demo    pack a real KV cache with every format: bytes, error, time per step against torch'
@@ -39,15 +39,14 @@ help:
 # ---- environment: a stamp per set of packages, so that pip runs only when a list has changed
 ifdef PYTHON
 env:
-	@$(PY) tools/env.py check test bench
-env-lint: env
-	@$(PY) tools/env.py check lint
-env-audit: env
-	@$(PY) tools/env.py check audit
+	@$(PY) tools/env.py check
+env-%: env
+	@$(PY) tools/env.py check $*
 else
-env: $(READY)
-env-lint: $(READY)-lint
-env-audit: $(READY)-audit
+env env-test env-bench: $(READY)
+	@:
+env-%: $(READY)-%
+	@:
 $(READY): pyproject.toml tools/env.py
 	@test -n "$(BASE)" || { echo 'kvkernels: needs Python >= 3.10 with venv; none found on PATH (or: make PYTHON=/path/to/python)'; exit 1; }
 	@$(BASE) tools/env.py create $(VENV) --torch '$(TORCH)' test bench
@@ -55,19 +54,20 @@ $(READY): pyproject.toml tools/env.py
 $(READY)-%: $(READY)
 	@$(BASE) tools/env.py create $(VENV) --torch '$(TORCH)' $*
 	@touch $@
+.PRECIOUS: $(READY)-%
 endif
 
 build: env
 	@$(PY) setup.py -q build_ext --inplace
 
 # ---- what people want
-demo: build
+demo: env-bench build
 	@$(PY) -m bench.demo $(ARGS)
 
-bench: build
+bench: env-bench build
 	@$(PY) -m bench $(ARGS)
 
-test-build: env
+test-build: env-test
 	@CMAKE_ARGS="-DKVKERNELS_TESTS=ON" $(PY) setup.py -q build_ext --inplace
 
 test: test-build
@@ -88,7 +88,7 @@ wheel: build
 audit: wheel env-audit
 	@$(PY) tools/audit_wheel.py dist/*.whl
 
-asan: env
+asan: env-test
 	@cmake --preset asan -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKVKERNELS_TESTS=ON --log-level=NOTICE
 	@cmake --build --preset asan
 	@ctest --test-dir build/asan --output-on-failure --no-tests=error

@@ -28,9 +28,9 @@ def version(text):
 def check_machine():
     if sys.version_info < (3, 10):
         stop(f"needs Python >= 3.10; {sys.executable} is {sys.version.split()[0]} (or: make PYTHON=/path/to/python)")
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if not shutil.which(compiler) and not shutil.which("g++"):
-        stop(f"needs a C++17 compiler; {compiler} was not found (Debian: apt-get install g++; or set CXX)")
+    named = os.environ.get("CXX", "").split()[:1]
+    if not any(shutil.which(c) for c in named or ("c++", "g++", "clang++")):
+        stop(f"needs a C++17 compiler; {'CXX=' + named[0] if named else 'c++, g++, clang++'} not found (Debian: apt-get install g++)")
 
 
 def requirements(groups):
