@@ -47,7 +47,9 @@ struct F {
   friend F floor(F a) { return _mm512_roundscale_ps(a.v, 9); }
   friend F rint(F a) { return _mm512_roundscale_ps(a.v, 8); }
   friend F abs(F a) { return _mm512_abs_ps(a.v); }
+  friend F where_positive(F a, F b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), b.v); }
   friend bool all_finite(F a) { return _mm512_fpclass_ps_mask(a.v, 0x99) == 0; }  // no QNaN, +inf, -inf, SNaN
+  // a where lane index < n, else b; where_positive: b where a > 0, else 0
   friend F first(int n, F a, F b) { return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1u), b.v, a.v); }
   // Lane i pairs with lane i ^ h: the lower of the two gets a + b, the upper a - b (h = 1, 2, 4, 8).
   template <int h>
@@ -72,7 +74,7 @@ struct F {
 
 // exp(x) for x <= 0 (and NaN), 2 ulp; exp(-inf) = 0.
 inline F exp_neg(F x) {
-  const F t = max(F::fill(-150.0f), x * F::fill(1.44269504f)), n = rint(t), f = t - n;
+  const F t = max(F::fill(-200.0f), x * F::fill(1.44269504f)), n = rint(t), f = t - n;
   F p = F::fill(1.5353362e-4f);
   p = fma(p, f, F::fill(1.3398874e-3f));
   p = fma(p, f, F::fill(9.6184373e-3f));
@@ -81,6 +83,20 @@ inline F exp_neg(F x) {
   p = fma(p, f, F::fill(6.9314718e-1f));
   p = fma(p, f, F::fill(1.0f));
   return _mm512_scalef_ps(p.v, n.v);
+}
+
+// Lane i of the result is the sum of the lanes of v[i]: W horizontal sums for the price of about three.
+inline F sum_lanes(const F* v) {
+  __m512 r[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto pair = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    const __m512d ab = _mm512_castps_pd(pair(v[4 * i].v, v[4 * i + 1].v)), cd = _mm512_castps_pd(pair(v[4 * i + 2].v, v[4 * i + 3].v));
+    r[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(r[0], r[1]), halves(r[2], r[3]));
 }
 
 #elif defined(__AVX2__)
@@ -122,6 +138,7 @@ struct F {
   friend F floor(F a) { return _mm256_round_ps(a.v, 9); }
   friend F rint(F a) { return _mm256_round_ps(a.v, 8); }
   friend F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+  friend F where_positive(F a, F b) { return _mm256_and_ps(_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_GT_OQ), b.v); }
   friend bool all_finite(F a) {
     return _mm256_movemask_ps(_mm256_cmp_ps(abs(a).v, _mm256_set1_ps(3.4028235e38f), _CMP_LE_OQ)) == 0xff;
   }
@@ -151,7 +168,7 @@ struct F {
 };
 
 inline F exp_neg(F x) {
-  const F t = max(F::fill(-150.0f), x * F::fill(1.44269504f)), n = rint(t), f = t - n;
+  const F t = max(F::fill(-200.0f), x * F::fill(1.44269504f)), n = rint(t), f = t - n;
   F p = F::fill(1.5353362e-4f);
   p = fma(p, f, F::fill(1.3398874e-3f));
   p = fma(p, f, F::fill(9.6184373e-3f));
@@ -164,6 +181,14 @@ inline F exp_neg(F x) {
   const __m256 small = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
   const __m256 nan = _mm256_cmp_ps(t.v, t.v, _CMP_UNORD_Q);
   return _mm256_or_ps(_mm256_andnot_ps(small, _mm256_mul_ps(p.v, _mm256_castsi256_ps(e))), nan);
+}
+
+inline F sum_lanes(const F* v) {
+  const auto four = [](const F* u) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(u[0].v, u[1].v), _mm256_hadd_ps(u[2].v, u[3].v));
+  };
+  const __m256 a = four(v), b = four(v + 4);
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
 #else  // base: four lanes in the compiler's own vectors, any processor
@@ -212,6 +237,7 @@ struct F {
   friend F floor(F a) { return each([&](int i) { return ::floorf(a.v[i]); }); }
   friend F rint(F a) { return each([&](int i) { return ::rintf(a.v[i]); }); }
   friend F abs(F a) { return each([&](int i) { return ::fabsf(a.v[i]); }); }
+  friend F where_positive(F a, F b) { return each([&](int i) { return a.v[i] > 0.0f ? b.v[i] : 0.0f; }); }
   friend bool all_finite(F a) {
     bool ok = true;
     for (int i = 0; i < W; ++i) ok &= ::fabsf(a.v[i]) <= 3.4028235e38f;
@@ -231,6 +257,10 @@ struct F {
 
 inline F exp_neg(F x) {
   return F::each([&](int i) { return ::expf(x.v[i]); });
+}
+
+inline F sum_lanes(const F* v) {
+  return F::each([&](int i) { return v[i].fold_sum(); });
 }
 
 #endif

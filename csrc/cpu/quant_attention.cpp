@@ -1,0 +1,889 @@
+// Decode attention on pages of any mix of formats.
+//
+// A task is (sequence, KV head, interval of tokens); it reads K and V once for the whole query group (rows = Tq * Hq/Hkv).
+// Per chunk of 64 tokens: scores S [rows][64] -> online softmax P [rows][64] -> sums over V. How the two sides of a format
+// are read:
+//   bf16 f16 u8            as fp32 rows (rows.h)
+//   u4 u3 u2               as byte codes against integer digits of q and of p * scale (codes.h), 4 products an instruction
+//   kivi2, or no AVX2      decoded to fp32 rows first
+// Rotated formats see q' = H diag(1/t) q and give their sums in the rotated basis; every pool has its own sums, and they
+// are brought to the plain basis once, at the end of the task. Intervals of one sequence are merged by their (max, sum).
+#include "kvkernels/ops/quant_attention.h"
+
+#include "cpu/codec.h"
+#include "cpu/codes.h"
+#include "cpu/entry.h"
+#include "cpu/rows.h"
+
+KK_BEGIN
+
+namespace {
+
+template <typename A, typename B>
+constexpr bool same = false;
+template <typename A>
+constexpr bool same<A, A> = true;
+
+constexpr int kMaxRows = 64;  // query rows of a task; larger groups read the pages again
+
+int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
+int64_t round_down(int64_t x, int64_t m) { return x / m * m; }
+
+// Hands out 64-byte aligned pieces of the workspace; with base == nullptr it only counts.
+struct Arena {
+  uint8_t* base;
+  int64_t used = 0;
+  template <typename T>
+  T* take(int64_t n) {
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+};
+
+// How the call is cut into tasks.
+struct Grid {
+  int threads;
+  int64_t group;       // query heads per KV head
+  int64_t rows;        // Tq * group
+  int64_t row_blocks;  // ceil(rows / kMaxRows)
+  int64_t split;       // tokens of an interval
+  int64_t tasks;
+  int64_t* first_task;     // [B + 1]
+  int64_t* first_partial;  // [B + 1]  (b, h, row block, interval) of the sequences that are cut
+  float* partials;         // [first_partial[B]][kMaxRows or rows][D + 2]
+  uint8_t* scratch;        // [threads][scratch_bytes]
+  int64_t scratch_bytes;
+};
+
+// First token that any query row sees.
+int64_t visible_begin(const QuantAttentionParams& p, int64_t len) {
+  const int64_t first = len - p.Tq - p.window_left;
+  return p.window_left >= 0 && first > 0 ? first : 0;
+}
+
+int64_t num_intervals(const QuantAttentionParams& p, int64_t b, int64_t split) {
+  const int64_t len = p.seq_lens[b];
+  if (len <= 0) return 1;
+  return (len - 1) / split - visible_begin(p, len) / split + 1;
+}
+
+// x <- H x / sqrt(D)
+template <int64_t D>
+void rotate_row(float* x) {
+  constexpr int N = D / F::W;
+  F v[N];
+  each<N / 2>([&](auto i) { load_split<DType::f32>(reinterpret_cast<const uint8_t*>(x + 2 * F::W * i), v[2 * i], v[2 * i + 1]); });
+  fwht_split<N>(v);
+  each<N>([&](auto i) { (v[i] * F::fill(fwht_scale(D))).store(x + F::W * i); });
+}
+
+// One token in fp32 as it is stored: rotated formats stay rotated.
+template <typename Fmt, int64_t D>
+void decode_stored(Side side_kind, const uint8_t* side, int64_t token, int64_t page_size, float* x) {
+  constexpr int N = D / F::W;
+  F c[N];
+  if constexpr (Fmt::rotated) {
+    const uint8_t* low = side + token * (D * Fmt::low_bits / 8);
+    const uint8_t* high = side + Fmt::plane1_offset(page_size, D) + token * (D / 8);
+    const uint8_t* scale = side + Fmt::scales_offset(page_size, D) + token * Fmt::groups(D) * 2;
+    for (int i = 0; i < N; i += 4) unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::low_bits, high + i / 4 * (F::W / 2), c + i);
+    for (int i = 0; i < N; ++i) {
+      const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
+      (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
+    }
+  } else {
+    const uint8_t* scale = side + kivi2::scale_offset(page_size, D);
+    const uint8_t* zero = side + kivi2::zero_offset(side_kind, page_size, D);
+    for (int i = 0; i < N; i += 4) unpack_codes<2>(side + token * (D / 4) + i / 4 * F::W, nullptr, c + i);
+    for (int i = 0; i < N; ++i) {
+      const int64_t at = side_kind == Side::K ? i * F::W * 2 : (token * (D / kivi2::v_group) + i * F::W / kivi2::v_group) * 2;
+      const F s = side_kind == Side::K ? load<DType::f16>(scale + at) : F::fill(half_value(load_u16(scale + at)));
+      const F z = side_kind == Side::K ? load<DType::f16>(zero + at) : F::fill(half_value(load_u16(zero + at)));
+      fma(s, c[i], z).store(x + i * F::W);
+    }
+  }
+}
+
+// ---- one task -------------------------------------------------------------------------------------------------------------
+
+// Tokens that lie together in one page.
+struct Piece {
+  const uint8_t* k;  // K side of the page and head (packed) or its first row (16-bit caches: rows k_token apart)
+  const uint8_t* v;
+  int64_t token;  // first token within the page
+  int n, col;     // tokens, and the first one's column in the chunk
+};
+struct Chunk {
+  const Pool* pool;
+  int pool_index;
+  int64_t start;  // position of column 0 in the sequence
+  int n, pieces;
+  Piece piece[kChunk];
+};
+
+template <int64_t D, int DIGITS>
+struct Task {
+  static constexpr int64_t kGroup = D < kScaleGroup ? D : kScaleGroup;  // channels per scale
+  static constexpr int64_t kGroups = D / kGroup;
+  static constexpr bool kPackedDim = D == 64 || D == 128 || D == 256;
+
+  const QuantAttentionParams& p;
+  int rows;
+  int64_t len, first_row, group;
+  float *q, *q_rot, *q_mu, *s, *m, *l, *out_rows, *decoded;
+  uint8_t* codes;
+  struct PoolState {
+    float* acc;      // [rows][lanes] sums over V, in the order and basis the pool's format leaves them in
+    int32_t* words;  // digits of q_rot in the order of the pool's K codes
+    float* step;     // [rows] value of the last digit
+    float* offset;   // [rows][kGroups][DIGITS] offset * sum of digits
+    int64_t lanes;
+    bool acc_used, words_ready;
+  } state[kMaxPools];
+  bool rot_ready = false;
+  const float* slopes = nullptr;  // ALiBi slopes of this task's query group
+
+  static int64_t scratch_bytes(const QuantAttentionParams& p, int64_t rows) {
+    Arena a{nullptr};
+    Task t(p, a, static_cast<int>(rows));
+    return a.used;
+  }
+
+  Task(const QuantAttentionParams& params, Arena& a, int max_rows) : p(params), rows(max_rows) {
+    q = a.take<float>(rows * D);
+    out_rows = a.take<float>(rows * D);
+    s = a.take<float>(rows * kChunk);
+    q_mu = a.take<float>(rows);
+    m = a.take<float>(rows);
+    l = a.take<float>(rows);
+    bool any_packed = false;
+    for (int i = 0; i < p.num_pools; ++i) any_packed |= packed(p.pools[i]);
+    q_rot = any_packed ? a.take<float>(rows * D) : nullptr;
+    decoded = any_packed ? a.take<float>(kChunk * D) : nullptr;
+    codes = any_packed ? a.take<uint8_t>(kChunk * 2 * D) : nullptr;
+    for (int i = 0; i < p.num_pools; ++i) {
+      PoolState& st = state[i];
+      const bool pk = packed(p.pools[i]);
+      st.lanes = pk ? 2 * D : D;  // u3 sums its two planes apart
+      st.acc = a.take<float>(rows * st.lanes);
+      st.words = pk ? a.take<int32_t>(rows * DIGITS * D / 2) : nullptr;
+      st.step = pk ? a.take<float>(rows) : nullptr;
+      st.offset = pk ? a.take<float>(rows * kGroups * DIGITS) : nullptr;
+    }
+  }
+
+  static bool is_packed(Format f) {
+    bool r = false;
+    with_format(f, [&](auto fmt) { r = decltype(fmt)::packed; });
+    return r;
+  }
+  static bool packed(const Pool& pool) { return is_packed(pool.k_format) || is_packed(pool.v_format); }
+
+  // ---- queries
+
+  void begin(int64_t b, int64_t h, int64_t row0, int n_rows, int64_t query_group) {
+    rows = n_rows;
+    first_row = row0;
+    group = query_group;
+    len = p.seq_lens[b];
+    rot_ready = false;
+    slopes = p.alibi_slopes ? p.alibi_slopes + b * p.alibi_stride + h * group : nullptr;
+    for (int i = 0; i < p.num_pools; ++i) state[i].acc_used = state[i].words_ready = false;
+    const F scale = F::fill(p.scale);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t t = (row0 + r) / group, head = h * group + (row0 + r) % group;
+      const int64_t at = b * p.q_batch + t * p.q_token + head * p.q_head;
+      for (int64_t i = 0; i < D; i += F::W) {
+        F x;
+        if (p.dtype == DType::f32)
+          x = F::load(static_cast<const float*>(p.q) + at + i);
+        else if (p.dtype == DType::f16)
+          x = F::load_f16(static_cast<const uint16_t*>(p.q) + at + i);
+        else
+          x = F::load_bf16(static_cast<const uint16_t*>(p.q) + at + i);
+        (x * scale).store(q + r * D + i);
+      }
+      m[r] = -INFINITY;
+      l[r] = 0.0f;
+    }
+  }
+
+  // q' = H diag(1/t) q, and q.mu, which centring took from every score.
+  void rotate_q(int64_t h) {
+    if (rot_ready) return;
+    rot_ready = true;
+    if constexpr (kPackedDim) {
+      const float* mu = p.transform.centre ? p.transform.centre + h * D : nullptr;
+      const float* t = p.transform.balance ? p.transform.balance + h * D : nullptr;
+      for (int r = 0; r < rows; ++r) {
+        F dot = F::zero();
+        for (int64_t i = 0; i < D; i += F::W) {
+          const F x = F::load(q + r * D + i);
+          if (mu) dot = fma(x, F::load(mu + i), dot);
+          (t ? x / F::load(t + i) : x).store(q_rot + r * D + i);
+        }
+        q_mu[r] = dot.fold_sum();
+        rotate_row<D>(q_rot + r * D);
+      }
+    }
+  }
+
+  // ---- scores
+
+  void scores(const Chunk& c, const Chunk& next, int64_t h) {
+    with_format(c.pool->k_format, [&](auto fmt) {
+      using Fmt = decltype(fmt);
+      if constexpr (!Fmt::packed) {
+        const uint8_t *row[kChunk], *ahead[kChunk];
+        row_pointers(c, c.pool->k_token, true, row);
+        row_pointers(next, next.pool->k_token, true, ahead);
+        if constexpr (same<Fmt, bf16>)
+          row_scores<D>(LoadBf16{row, ahead}, c.n, q, D, rows, s);
+        else
+          row_scores<D>(LoadF16{row, ahead}, c.n, q, D, rows, s);
+      } else if constexpr (kPackedDim) {
+        if constexpr (Fmt::rotated) rotate_q(h);
+#if defined(__AVX2__)
+        if constexpr (uses_codes<Fmt>) return code_scores<Fmt>(c);
+#endif
+        if constexpr (same<Fmt, u8>)
+          u8_scores(c, next);
+        else {
+          decode_chunk<Fmt>(Side::K, c);
+          row_scores<D>(LoadF32{decoded, D}, c.n, Fmt::rotated ? q_rot : q, D, rows, s);
+          if constexpr (Fmt::rotated) add_q_mu(c.n);
+        }
+      }
+    });
+  }
+
+#if defined(__AVX2__)
+  template <typename Fmt>
+  static constexpr bool uses_codes = Fmt::rotated && Fmt::bits <= 4;
+#else
+  template <typename Fmt>
+  static constexpr bool uses_codes = false;
+#endif
+
+  static void row_pointers(const Chunk& c, int64_t stride, bool k_side, const uint8_t** row) {
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      const uint8_t* x = (k_side ? pc.k : pc.v) + pc.token * stride;
+      for (int j = 0; j < pc.n; ++j, x += stride) row[pc.col + j] = x;
+    }
+    for (int j = c.n; j < kChunk; ++j) row[j] = row[c.n - 1];
+  }
+
+  template <typename Fmt>
+  void decode_chunk(Side side, const Chunk& c) {
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      for (int j = 0; j < pc.n; ++j)
+        decode_stored<Fmt, D>(side, side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size, decoded + (pc.col + j) * D);
+    }
+  }
+
+  void add_q_mu(int n) {
+    if (!p.transform.centre) return;
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < n; c += F::W) (F::load(s + r * kChunk + c) + F::fill(q_mu[r])).store(s + r * kChunk + c);
+  }
+
+  // fp32 scales of the chunk's tokens, [kGroups][kChunk]. Tiles are read whole: the page goes on to the next multiple of 16.
+  template <typename Fmt>
+  void load_scales(const Chunk& c, bool k_side, float* scale) {
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      const uint16_t* h = reinterpret_cast<const uint16_t*>((k_side ? pc.k : pc.v) + Fmt::scales_offset(p.page_size, D)) + pc.token * kGroups;
+      const int64_t n = round_up(pc.n, kTile);
+      if constexpr (kGroups == 1) {
+        for (int64_t j = 0; j < n; j += F::W) F::load_f16(h + j).store(scale + pc.col + j);
+      } else {
+        float both[kChunk * kGroups];
+        for (int64_t j = 0; j < n * kGroups; j += F::W) F::load_f16(h + j).store(both + j);
+        for (int64_t j = 0; j < n * kGroups; ++j) scale[j % kGroups * kChunk + pc.col + j / kGroups] = both[j];
+      }
+    }
+  }
+
+  void u8_scores(const Chunk& c, const Chunk& next) {
+    float scale[kGroups * kChunk], part[kMaxRows * kChunk];
+    load_scales<u8>(c, true, scale);
+    const uint8_t *row[kChunk], *ahead[kChunk];
+    row_pointers(c, D, true, row);
+    row_pointers(next, D, true, ahead);
+    for (int64_t g = 0; g < kGroups; ++g) {
+      row_scores<kGroup>(LoadU8{row, ahead}, c.n, q_rot + g * kGroup, D, rows, part);
+      for (int r = 0; r < rows; ++r)
+        for (int j = 0; j < c.n; j += F::W) {
+          float* o = s + r * kChunk + j;
+          const F base = g ? F::load(o) : F::fill(q_mu[r]);
+          fma(F::load(part + r * kChunk + j), F::load(scale + g * kChunk + j), base).store(o);
+        }
+      for (int j = 0; j < kChunk; ++j) row[j] += kGroup, ahead[j] += kGroup;
+    }
+  }
+
+#if defined(__AVX2__)
+  // Query rows a dot4 call takes: 4 digit rows share every load of codes.
+  static constexpr int kStep = DIGITS == 2 ? 2 : 1;
+  template <typename Fmt>
+  static constexpr int kPlanes = Fmt::bits == 3 ? 2 : 1;
+  template <typename Fmt>
+  static constexpr int kMaxCode = Fmt::bits == 4 ? 15 : 4;
+
+  // words [row][digit][scale group][plane][quad]
+  template <typename Fmt>
+  void make_words(PoolState& st) {
+    constexpr int planes = kPlanes<Fmt>;
+    constexpr int64_t quads = kGroup / 4;
+    for (int r = 0; r < rows; ++r) {
+      const float* x = q_rot + r * D;
+      F top = F::zero();
+      bool finite = true;
+      for (int64_t i = 0; i < D; i += F::W) {
+        top = max(top, abs(F::load(x + i)));
+        finite &= all_finite(F::load(x + i));
+      }
+      const float biggest = top.fold_max(), inv = biggest > 0.0f ? digit_top<DIGITS>() / biggest : 0.0f;
+      st.step[r] = finite ? biggest / digit_top<DIGITS>() : NAN;
+      int8_t digit[DIGITS][D];
+      for (int64_t g = 0; g < kGroups; ++g) {
+        I sum[DIGITS];
+        for (int d = 0; d < DIGITS; ++d) sum[d] = I::zero();
+        for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += F::W) {
+          I dig[DIGITS];
+          split_digits<DIGITS>(F::load(x + i) * F::fill(inv), dig);
+          for (int d = 0; d < DIGITS; ++d) {
+            sum[d] = sum[d] + dig[d];
+            store_i8(dig[d], digit[d] + i);
+          }
+        }
+        for (int d = 0; d < DIGITS; ++d)
+          st.offset[(r * kGroups + g) * DIGITS + d] = Fmt::Grid::offset * sum[d].to_float().fold_sum();
+      }
+      for (int d = 0; d < DIGITS; ++d)
+        for (int64_t g = 0; g < kGroups; ++g) {
+          int32_t* w = st.words + (((r * DIGITS + d) * kGroups) + g) * planes * quads;
+          Plane<Fmt::low_bits, 0>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<int8_t*>(w));
+          if constexpr (planes == 2) Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<int8_t*>(w + quads));
+        }
+    }
+  }
+
+  // v = sum_d 128^(DIGITS-1-d) (ints[d] - offset[d]): each difference is exact in fp32, so nothing cancels.
+  static F join_digits(const int32_t* ints, int64_t ld, const float* offset) {
+    F v = I::load(ints).to_float() - F::fill(offset[0]);
+    for (int d = 1; d < DIGITS; ++d) v = fma(v, F::fill(128.0f), I::load(ints + d * ld).to_float() - F::fill(offset[d]));
+    return v;
+  }
+
+  template <typename Fmt>
+  void code_scores(const Chunk& c) {
+    constexpr int planes = kPlanes<Fmt>;
+    constexpr int64_t quads = kGroup / 4, ldw = kGroups * planes * quads;
+    constexpr int64_t low_row = D * Fmt::low_bits / 8, low_group = kGroup * Fmt::low_bits / 8;
+    PoolState& st = state[c.pool_index];
+    if (!st.words_ready) make_words<Fmt>(st);
+    st.words_ready = true;
+    alignas(64) float scale[kGroups * kChunk];
+    load_scales<Fmt>(c, true, scale);
+    const int64_t cols = round_up(c.n, kTile);
+    for (int64_t g = 0; g < kGroups; ++g) {
+      for (int i = 0; i < c.pieces; ++i) {
+        const Piece& pc = c.piece[i];
+        for (int64_t t = 0; t < pc.n; t += kTile) {
+          uint8_t* out = codes + (pc.col + t) * 4;
+          Plane<Fmt::low_bits, 0>::unpack_k(pc.k + (pc.token + t) * low_row + g * low_group, low_row, low_group, out);
+          if constexpr (planes == 2)
+            Plane<1, 2>::unpack_k(pc.k + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8) + g * (kGroup / 8),
+                                  D / 8, kGroup / 8, out + quads * kChunk * 4);
+        }
+      }
+      const auto block = [&](auto n, int r) {
+        constexpr int R = decltype(n)::value;
+        alignas(64) int32_t ints[R * DIGITS][kChunk];
+        dot4<kMaxCode<Fmt>, R * DIGITS>(codes, kChunk * 4, cols, planes * quads, st.words + r * DIGITS * ldw + g * planes * quads,
+                                        ldw, ints[0], kChunk);
+        for (int i = 0; i < R; ++i) {
+          const F step = F::fill(st.step[r + i]);
+          for (int64_t j = 0; j < cols; j += F::W) {
+            float* o = s + (r + i) * kChunk + j;
+            const F base = g ? F::load(o) : F::fill(q_mu[r + i]);
+            const F v = join_digits(ints[i * DIGITS] + j, kChunk, st.offset + ((r + i) * kGroups + g) * DIGITS);
+            fma(v * step, F::load(scale + g * kChunk + j), base).store(o);
+          }
+        }
+      };
+      int r = 0;
+      for (; r + kStep <= rows; r += kStep) block(Int<kStep>{}, r);
+      for (; r < rows; ++r) block(Int<1>{}, r);
+    }
+  }
+
+  // acc[row][lane] += sum over tokens of p * scale * level
+  template <typename Fmt>
+  void code_accumulate(const Chunk& c, PoolState& st) {
+    constexpr int planes = kPlanes<Fmt>;
+    constexpr int64_t lanes = planes * D, low_row = D * Fmt::low_bits / 8, quads = kChunk / 4;
+    alignas(64) float scale[kGroups * kChunk];
+    load_scales<Fmt>(c, false, scale);
+    const int64_t cols = round_up(c.n, kTile);
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      for (int64_t t = 0; t < round_up(pc.n, kTile); t += 4) {
+        uint8_t* out = codes + (pc.col + t) / 4 * lanes * 4;
+        Plane<Fmt::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
+        if constexpr (planes == 2)
+          Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8), D / 8, out + D * 4);
+      }
+    }
+    for (int64_t g = 0; g < kGroups; ++g) {
+      const auto block = [&](auto n, int r) {
+        constexpr int R = decltype(n)::value;
+        alignas(64) int8_t words[R * DIGITS][kChunk];
+        alignas(64) int32_t ints[R * DIGITS][kGroup];
+        float step[R], offset[R][DIGITS];
+        for (int i = 0; i < R; ++i) step[i] = weigh<Fmt>(s + (r + i) * kChunk, scale + g * kChunk, cols, words[i * DIGITS], offset[i]);
+        for (int plane = 0; plane < planes; ++plane) {
+          const int64_t lane0 = plane * D + g * kGroup;
+          dot4<kMaxCode<Fmt>, R * DIGITS>(codes + lane0 * 4, lanes * 4, kGroup, cols / 4, reinterpret_cast<const int32_t*>(words[0]),
+                                          quads, ints[0], kGroup);
+          const float none[DIGITS] = {};
+          for (int i = 0; i < R; ++i)
+            for (int64_t j = 0; j < kGroup; j += F::W) {
+              float* o = st.acc + (r + i) * st.lanes + lane0 + j;
+              const F v = join_digits(ints[i * DIGITS] + j, kGroup, plane == 0 ? offset[i] : none);
+              fma(v, F::fill(step[i]), F::load(o)).store(o);
+            }
+        }
+      };
+      int r = 0;
+      for (; r + kStep <= rows; r += kStep) block(Int<kStep>{}, r);
+      for (; r < rows; ++r) block(Int<1>{}, r);
+    }
+  }
+
+  // Digits of w = p * scale, four tokens to a word; returns the step. A NaN scale makes the step NaN, so that it is not lost.
+  template <typename Fmt>
+  static float weigh(const float* prob, const float* scale, int64_t cols, int8_t* words, float* offset) {
+    F top = F::zero(), total = F::zero();
+    F w[kChunk / F::W];
+    for (int64_t j = 0; j < cols; j += F::W) {
+      const F x = F::load(prob + j);
+      w[j / F::W] = where_positive(x, x * F::load(scale + j));
+      top = max(top, w[j / F::W]);
+      total = total + w[j / F::W];
+    }
+    const float biggest = top.fold_max(), sum = total.fold_sum(), inv = biggest > 0.0f ? digit_top<DIGITS>() / biggest : 0.0f;
+    I sums[DIGITS];
+    for (int d = 0; d < DIGITS; ++d) sums[d] = I::zero();
+    for (int64_t j = 0; j < cols; j += F::W) {
+      I dig[DIGITS];
+      split_digits<DIGITS>(w[j / F::W] * F::fill(inv), dig);
+      for (int d = 0; d < DIGITS; ++d) {
+        sums[d] = sums[d] + dig[d];
+        store_i8(dig[d], words + d * kChunk + j);
+      }
+    }
+    for (int d = 0; d < DIGITS; ++d) offset[d] = Fmt::Grid::offset * sums[d].to_float().fold_sum();
+    return sum == sum ? biggest / digit_top<DIGITS>() : NAN;
+  }
+#endif
+
+  // ---- softmax: S -> P in place; m, l and the sums over V follow the new maximum
+
+  void softmax(const Chunk& c) {
+    const int64_t cols = round_up(c.n, kTile);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t t = (first_row + r) / group, last = len - p.Tq + t;  // the row sees tokens <= last
+      float* x = s + r * kChunk;
+      if (p.softcap > 0.0f) cap_scores(x, cols);
+      if (p.alibi_slopes) add_alibi(x, c, r, last);
+      const int64_t lo = clamp(p.window_left >= 0 ? last - p.window_left - c.start : 0, c.n);
+      const int64_t hi = clamp(last + 1 - c.start, c.n);
+      const F none = F::fill(-INFINITY);
+      F top = F::fill(m[r]);
+      for (int64_t j = 0; j < cols; j += F::W) {
+        F v = F::load(x + j);
+        if (hi < j + F::W) v = first(static_cast<int>(clamp(hi - j, F::W)), v, none);
+        if (lo > j) v = first(static_cast<int>(clamp(lo - j, F::W)), none, v);
+        v.store(x + j);
+        top = max(top, v);
+      }
+      const float m_new = top.fold_max();
+      // Nothing visible yet: subtract 0, so that -inf gives weight 0 and a NaN score stays a NaN.
+      const float base = m_new == -INFINITY ? 0.0f : m_new;
+      F sum = F::zero();
+      for (int64_t j = 0; j < cols; j += F::W) {
+        const F e = exp_neg(F::load(x + j) - F::fill(base));
+        e.store(x + j);
+        sum = sum + e;
+      }
+      if (m_new != m[r]) {
+        const float f = m[r] == -INFINITY ? 0.0f : expf(m[r] - base);
+        l[r] *= f;
+        for (int i = 0; i < p.num_pools; ++i)
+          if (state[i].acc_used) {
+            float* acc = state[i].acc + r * state[i].lanes;
+            for (int64_t j = 0; j < state[i].lanes; j += F::W) (F::load(acc + j) * F::fill(f)).store(acc + j);
+          }
+        m[r] = m_new;
+      }
+      l[r] += sum.fold_sum();
+    }
+  }
+
+  static int64_t clamp(int64_t x, int64_t top) { return x < 0 ? 0 : x > top ? top : x; }
+
+  void cap_scores(float* x, int64_t cols) {
+    for (int64_t j = 0; j < cols; j += F::W) {
+      const F v = F::load(x + j) * F::fill(1.0f / p.softcap), e = exp_neg(abs(v) * F::fill(-2.0f));
+      const F tanh_abs = (F::fill(1.0f) - e) / (F::fill(1.0f) + e) * F::fill(p.softcap);
+      (where_positive(v, tanh_abs) - where_positive(F::zero() - v, tanh_abs) + (v - v)).store(x + j);  // v - v keeps NaN
+    }
+  }
+
+  void add_alibi(float* x, const Chunk& c, int r, int64_t last) {
+    const float slope = slopes[(first_row + r) % group];
+    for (int j = 0; j < c.n; ++j) x[j] -= slope * static_cast<float>(last - (c.start + j));
+  }
+
+  // ---- sums over V
+
+  void accumulate(const Chunk& c, const Chunk& next) {
+    PoolState& st = state[c.pool_index];
+    if (!st.acc_used) memset(st.acc, 0, sizeof(float) * rows * st.lanes);
+    st.acc_used = true;
+    with_format(c.pool->v_format, [&](auto fmt) {
+      using Fmt = decltype(fmt);
+      if constexpr (!Fmt::packed) {
+        const uint8_t *row[kChunk], *ahead[kChunk];
+        row_pointers(c, c.pool->v_token, false, row);
+        row_pointers(next, next.pool->v_token, false, ahead);
+        if constexpr (same<Fmt, bf16>)
+          row_accumulate<D>(LoadBf16{row, ahead}, c.n, s, rows, st.acc, st.lanes);
+        else
+          row_accumulate<D>(LoadF16{row, ahead}, c.n, s, rows, st.acc, st.lanes);
+      } else if constexpr (kPackedDim) {
+#if defined(__AVX2__)
+        if constexpr (uses_codes<Fmt>) return code_accumulate<Fmt>(c, st);
+#endif
+        if constexpr (same<Fmt, u8>)
+          u8_accumulate(c, next, st);
+        else {
+          decode_chunk<Fmt>(Side::V, c);
+          row_accumulate<D>(LoadF32{decoded, D}, c.n, s, rows, st.acc, st.lanes);
+        }
+      }
+    });
+  }
+
+  void u8_accumulate(const Chunk& c, const Chunk& next, PoolState& st) {
+    float scale[kGroups * kChunk], w[kMaxRows * kChunk];
+    load_scales<u8>(c, false, scale);
+    const uint8_t *row[kChunk], *ahead[kChunk];
+    row_pointers(c, D, false, row);
+    row_pointers(next, D, false, ahead);
+    for (int64_t g = 0; g < kGroups; ++g) {
+      for (int r = 0; r < rows; ++r)
+        for (int j = 0; j < c.n; j += F::W) {
+          const F x = F::load(s + r * kChunk + j);
+          where_positive(x, x * F::load(scale + g * kChunk + j)).store(w + r * kChunk + j);
+        }
+      row_accumulate<kGroup>(LoadU8{row, ahead}, c.n, w, rows, st.acc + g * kGroup, st.lanes);
+      for (int j = 0; j < kChunk; ++j) row[j] += kGroup, ahead[j] += kGroup;
+    }
+  }
+
+  // ---- the interval [begin, end) of sequence b, and what it gives: out_rows (unnormalised, plain basis), m, l
+
+  void run(int64_t b, int64_t h, int64_t begin, int64_t end) {
+    Chunk chunk[2];
+    if (begin < end) next_chunk(chunk[0], b, h, begin, end);
+    for (int64_t i = 0, pos = begin; pos < end; ++i) {
+      Chunk &c = chunk[i & 1], &next = chunk[(i + 1) & 1];
+      pos = c.start + c.n;
+      const Chunk& ahead = pos < end ? (next_chunk(next, b, h, pos, end), next) : c;
+      if (packed(*ahead.pool)) prefetch_sides(ahead);
+      scores(c, ahead, h);
+      softmax(c);
+      accumulate(c, ahead);
+    }
+    finish();
+  }
+
+  // All of a packed chunk: some 70 lines at 2 bits.
+  void prefetch_sides(const Chunk& c) {
+    for (int side = 0; side < 2; ++side)
+      with_format(side == 0 ? c.pool->k_format : c.pool->v_format, [&](auto fmt) {
+        using Fmt = decltype(fmt);
+        if constexpr (Fmt::packed && Fmt::bits <= 4)
+          for (int i = 0; i < c.pieces; ++i) {
+            const Piece& pc = c.piece[i];
+            const uint8_t* x = side == 0 ? pc.k : pc.v;
+            const int64_t row = D * (Fmt::bits == 3 ? 2 : Fmt::bits) / 8;
+            for (int64_t at = 0; at < pc.n * row; at += 64) __builtin_prefetch(x + pc.token * row + at, 0, 2);
+            if (Fmt::bits == 3)
+              for (int64_t at = 0; at < pc.n * D / 8; at += 64)
+                __builtin_prefetch(x + p.page_size * row + pc.token * D / 8 + at, 0, 2);
+            if (Fmt::rotated) {
+              const int64_t scales = p.page_size * D * Fmt::bits / 8 + pc.token * kGroups * 2;
+              for (int64_t at = 0; at < pc.n * kGroups * 2; at += 64) __builtin_prefetch(x + scales + at, 0, 2);
+            }
+          }
+      });
+  }
+
+  void next_chunk(Chunk& c, int64_t b, int64_t h, int64_t pos, int64_t end) {
+    const int32_t* table = p.page_table + b * p.table_stride;
+    c.pool_index = table[pos / p.page_size] >> 28;
+    c.pool = &p.pools[c.pool_index];
+    if (packed(*c.pool)) pos = round_down(pos, kTile);  // a window may begin inside a tile; softmax masks what lies before
+    c.start = pos;
+    c.n = c.pieces = 0;
+    while (c.n < kChunk && pos < end) {
+      const int32_t entry = table[pos / p.page_size];
+      if (entry >> 28 != c.pool_index) break;
+      const int64_t page = entry & kPageMask, token = pos % p.page_size;
+      int64_t n = p.page_size - token;
+      if (n > end - pos) n = end - pos;
+      if (n > kChunk - c.n) n = kChunk - c.n;
+      c.piece[c.pieces++] = {c.pool->k + page * c.pool->k_page + h * c.pool->k_head,
+                             c.pool->v + page * c.pool->v_page + h * c.pool->v_head, token, static_cast<int>(n), c.n};
+      c.n += static_cast<int>(n);
+      pos += n;
+    }
+  }
+
+  void finish() {
+    memset(out_rows, 0, sizeof(float) * rows * D);
+    if constexpr (kPackedDim) {
+      bool rotated = false;
+      for (int i = 0; i < p.num_pools; ++i)
+        if (state[i].acc_used)
+          with_format(p.pools[i].v_format, [&](auto fmt) {
+            using Fmt = decltype(fmt);
+            if constexpr (Fmt::rotated) {
+              rotated = true;
+              for (int r = 0; r < rows; ++r) add_lanes<Fmt>(state[i].acc + r * state[i].lanes, out_rows + r * D);
+            }
+          });
+      if (rotated)
+        for (int r = 0; r < rows; ++r) rotate_row<D>(out_rows + r * D);
+    }
+    for (int i = 0; i < p.num_pools; ++i)
+      if (state[i].acc_used)
+        with_format(p.pools[i].v_format, [&](auto fmt) {
+          if constexpr (!decltype(fmt)::rotated)
+            for (int r = 0; r < rows; ++r)
+              for (int64_t j = 0; j < D; j += F::W) {
+                float* o = out_rows + r * D + j;
+                (F::load(o) + F::load(state[i].acc + r * state[i].lanes + j)).store(o);
+              }
+        });
+  }
+
+  template <typename Fmt>
+  static void add_lanes(const float* acc, float* out) {
+#if defined(__AVX2__)
+    if constexpr (uses_codes<Fmt>) {
+      for (int64_t i = 0; i < D; ++i) out[Plane<Fmt::low_bits, 0>::v_channel(i, D)] += acc[i];
+      if constexpr (kPlanes<Fmt> == 2)
+        for (int64_t i = 0; i < D; ++i) out[Plane<1, 2>::v_channel(i, D)] += acc[D + i];
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < D; ++i) out[i] += acc[i];
+  }
+};
+
+// ---- results --------------------------------------------------------------------------------------------------------
+
+// Query head `head` of token t: out = sum * f.
+void store_out(const QuantAttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float f) {
+  const int64_t at = b * p.out_batch + t * p.out_token + head * p.out_head;
+  for (int64_t i = 0; i < p.D; i += F::W) {
+    const F x = F::load(sum + i) * F::fill(f);
+    if (p.dtype == DType::f32)
+      x.store(static_cast<float*>(p.out) + at + i);
+    else if (p.dtype == DType::f16)
+      x.store_f16(static_cast<uint16_t*>(p.out) + at + i);
+    else
+      x.store_bf16(static_cast<uint16_t*>(p.out) + at + i);
+  }
+}
+
+// sum, m and l of one query row -> out and lse. A sink logit joins the denominator only.
+void write_row(const QuantAttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float m, float l) {
+  float f = 0.0f, lse = -INFINITY;
+  if (l > 0.0f || l != l) {
+    f = 1.0f / l;
+    lse = m + logf(l);
+  }
+  if (p.sinks) {
+    const float sink = p.sinks[head], top = lse > sink ? lse : sink;
+    if (top > -INFINITY) {
+      const float joint = top + logf(expf(lse - top) + expf(sink - top));
+      f *= expf(lse - joint);
+      lse = joint;
+    }
+  }
+  store_out(p, b, t, head, sum, f);
+  if (p.lse) p.lse[(b * p.Tq + t) * p.Hq + head] = lse;
+}
+
+// ---- schedule -------------------------------------------------------------------------------------------------------
+
+// Below this many (token, KV head) pairs waking other threads costs more than it saves: about 20 us of work.
+constexpr int64_t kSerialTokens = 2048;
+constexpr int64_t kMinSplit = 256;  // tokens that pay for preparing the queries again and for merging
+
+Grid make_grid(const QuantAttentionParams& p, const CpuExec& exec, Arena& arena, bool fill) {
+  Grid g{};
+  g.group = p.Hq / p.Hkv;
+  g.rows = p.Tq * g.group;
+  g.row_blocks = (g.rows + kMaxRows - 1) / kMaxRows;
+  int64_t work = 0;
+  for (int64_t b = 0; b < p.B; ++b)
+    if (p.seq_lens[b] > 0) work += p.seq_lens[b] - visible_begin(p, p.seq_lens[b]);
+  work *= p.Hkv * g.row_blocks;
+  g.threads = work < kSerialTokens ? 1 : exec.threads;
+  g.split = p.split_tokens;
+  if (g.split <= 0) {
+    const int64_t share = work / (g.threads * 4);  // four intervals per thread even out what the machine does to them
+    g.split = g.threads == 1 ? INT64_C(1) << 40 : round_up(share > kMinSplit ? share : kMinSplit, kChunk);
+  }
+  g.first_task = arena.take<int64_t>(p.B + 1);
+  g.first_partial = arena.take<int64_t>(p.B + 1);
+  int64_t tasks = 0, partials = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t n = num_intervals(p, b, g.split), t = p.Hkv * g.row_blocks * n;
+    if (fill) g.first_task[b] = tasks, g.first_partial[b] = partials;
+    tasks += t;
+    partials += n > 1 ? t : 0;
+  }
+  if (fill) g.first_task[p.B] = tasks, g.first_partial[p.B] = partials;
+  g.tasks = tasks;
+  if (g.threads > tasks) g.threads = static_cast<int>(tasks);
+  const int64_t block_rows = g.rows < kMaxRows ? g.rows : kMaxRows;
+  one_of<64, 80, 96, 112, 128, 192, 256>("quant_attention: head_dim", p.D, [&](auto d) {
+    constexpr int64_t D = decltype(d)::value;
+    g.scratch_bytes = p.dtype == DType::f32 ? Task<D, 3>::scratch_bytes(p, block_rows) : Task<D, 2>::scratch_bytes(p, block_rows);
+  });
+  g.partials = arena.take<float>(partials * block_rows * (p.D + 2));
+  g.scratch = arena.take<uint8_t>(g.threads * g.scratch_bytes);
+  return g;
+}
+
+struct Job {
+  const QuantAttentionParams& p;
+  const Grid& g;
+  int64_t next;  // shared counter
+
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+  float* partial(int64_t i) const { return g.partials + i * (g.rows < kMaxRows ? g.rows : kMaxRows) * (p.D + 2); }
+  int64_t block_rows(int64_t row0) const { return g.rows - row0 < kMaxRows ? g.rows - row0 : kMaxRows; }
+  // The sequence that holds number i of the running counts `first`.
+  static int64_t find(const int64_t* first, int64_t B, int64_t i) {
+    int64_t lo = 0, hi = B;
+    while (hi - lo > 1) {
+      const int64_t mid = (lo + hi) / 2;
+      (first[mid] <= i ? lo : hi) = mid;
+    }
+    return lo;
+  }
+};
+
+template <int64_t D, int DIGITS>
+void run_tasks(Job& job, int thread) {
+  const QuantAttentionParams& p = job.p;
+  const Grid& g = job.g;
+  Arena arena{g.scratch + thread * g.scratch_bytes};
+  Task<D, DIGITS> task(p, arena, static_cast<int>(g.rows < kMaxRows ? g.rows : kMaxRows));
+  for (int64_t i = job.take(); i < g.tasks; i = job.take()) {
+    const int64_t b = Job::find(g.first_task, p.B, i), in_b = i - g.first_task[b];
+    const int64_t heads = p.Hkv * g.row_blocks, interval = in_b / heads, h = in_b % heads / g.row_blocks;
+    const int64_t row0 = in_b % g.row_blocks * kMaxRows, rows = job.block_rows(row0);
+    const int64_t len = p.seq_lens[b] > 0 ? p.seq_lens[b] : 0, begin = visible_begin(p, len);
+    const int64_t cut = (begin / g.split + interval) * g.split, next = cut + g.split;
+    task.begin(b, h, row0, static_cast<int>(rows), g.group);
+    task.run(b, h, cut > begin ? cut : begin, next < len ? next : len);
+    if (num_intervals(p, b, g.split) == 1) {
+      for (int64_t r = 0; r < rows; ++r)
+        write_row(p, b, (row0 + r) / g.group, h * g.group + (row0 + r) % g.group, task.out_rows + r * D, task.m[r], task.l[r]);
+      continue;
+    }
+    float* part = job.partial(g.first_partial[b] + in_b);
+    memcpy(part, task.out_rows, sizeof(float) * rows * D);
+    memcpy(part + rows * D, task.m, sizeof(float) * rows);
+    memcpy(part + rows * D + rows, task.l, sizeof(float) * rows);
+  }
+}
+
+// Merges the intervals of the sequences that were cut, in their order.
+void run_merges(Job& job) {
+  const QuantAttentionParams& p = job.p;
+  const Grid& g = job.g;
+  const int64_t heads = p.Hkv * g.row_blocks;
+  float sum[256];
+  for (int64_t i = job.take(); i < p.B * heads; i = job.take()) {
+    const int64_t b = i / heads, h = i % heads / g.row_blocks, row0 = i % g.row_blocks * kMaxRows, rows = job.block_rows(row0);
+    const int64_t n = num_intervals(p, b, g.split);
+    if (n == 1) continue;
+    const auto part = [&](int64_t k) { return job.partial(g.first_partial[b] + k * heads + i % heads); };
+    for (int64_t r = 0; r < rows; ++r) {
+      float m = -INFINITY, l = 0.0f;
+      for (int64_t k = 0; k < n; ++k) {
+        const float mk = part(k)[rows * p.D + r];
+        if (mk > m || mk != mk) m = mk;
+      }
+      memset(sum, 0, sizeof(sum));
+      for (int64_t k = 0; k < n; ++k) {
+        const float* x = part(k);
+        const float mk = x[rows * p.D + r], f = mk == -INFINITY ? 0.0f : expf(mk - m);
+        // an interval without a visible score has l = 0, or NaN where a score was NaN
+        l += x[rows * p.D + rows + r] * (mk == -INFINITY ? 1.0f : f);
+        for (int64_t j = 0; j < p.D; j += F::W) fma(F::load(x + r * p.D + j), F::fill(f), F::load(sum + j)).store(sum + j);
+      }
+      write_row(p, b, (row0 + r) / g.group, h * g.group + (row0 + r) % g.group, sum, m, l);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t quant_attention_workspace_cpu(const QuantAttentionParams& p, const CpuExec& exec) {
+  Arena arena{nullptr};
+  make_grid(p, exec, arena, false);
+  return arena.used;
+}
+
+void quant_attention_cpu(const QuantAttentionParams& p, const CpuExec& exec) {
+  if (p.B == 0 || p.Hq == 0 || p.Tq == 0) return;
+  Arena arena{static_cast<uint8_t*>(p.workspace)};
+  const Grid g = make_grid(p, exec, arena, true);
+  Job job{p, g, 0};
+  exec.run(
+      g.threads,
+      [](void* arg, int thread) {
+        Job& j = *static_cast<Job*>(arg);
+        one_of<64, 80, 96, 112, 128, 192, 256>("head_dim", j.p.D, [&](auto d) {
+          constexpr int64_t D = decltype(d)::value;
+          if (j.p.dtype == DType::f32)
+            run_tasks<D, 3>(j, thread);
+          else
+            run_tasks<D, 2>(j, thread);
+        });
+      },
+      &job);
+  if (g.first_partial[p.B] == 0) return;
+  job.next = 0;
+  exec.run(g.threads, [](void* arg, int) { run_merges(*static_cast<Job*>(arg)); }, &job);
+}
+
+KK_END
+
+KK_CPU_ENTRY(quant_attention, QuantAttentionParams)
+KK_CPU_ENTRY_R(int64_t, quant_attention_workspace, QuantAttentionParams)

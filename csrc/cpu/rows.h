@@ -1,0 +1,119 @@
+// Rows of numbers against query rows in fp32: scores and weighted sums of a chunk of tokens, for formats whose elements
+// turn into floats in one or two instructions. K and V are read once for a block of query rows.
+#pragma once
+#include "cpu/simd.h"
+#include "kvkernels/core/one_of.h"
+
+KK_BEGIN
+
+constexpr int kChunk = 64;  // tokens between two softmax updates
+constexpr int kTile = 16;   // packed formats are read by tiles; pages of them are multiples of it
+
+// load(c, i): the F::W channels from i of token c. load.ahead(c, i): asks for the same place one chunk later. The page table
+// says where that is; the processor's own prefetcher does not, and stops at every page of memory besides.
+struct LoadBf16 {
+  const uint8_t* const* rows;
+  const uint8_t* const* next;
+  F operator()(int c, int64_t i) const { return F::load_bf16(reinterpret_cast<const uint16_t*>(rows[c]) + i); }
+  void ahead(int c, int64_t i) const {
+    if (i % 32 == 0) __builtin_prefetch(next[c] + i * 2, 0, 2);
+  }
+};
+struct LoadF16 {
+  const uint8_t* const* rows;
+  const uint8_t* const* next;
+  F operator()(int c, int64_t i) const { return F::load_f16(reinterpret_cast<const uint16_t*>(rows[c]) + i); }
+  void ahead(int c, int64_t i) const {
+    if (i % 32 == 0) __builtin_prefetch(next[c] + i * 2, 0, 2);
+  }
+};
+struct LoadU8 {  // levels in units of the scale
+  const uint8_t* const* rows;
+  const uint8_t* const* next;
+  F operator()(int c, int64_t i) const { return F::load_u8(rows[c] + i) - F::fill(127.5f); }
+  void ahead(int c, int64_t i) const {
+    if (i % 64 == 0) __builtin_prefetch(next[c] + i, 0, 2);
+  }
+};
+struct LoadF32 {  // a buffer in L1
+  const float* rows;
+  int64_t ld;
+  F operator()(int c, int64_t i) const { return F::load(rows + c * ld + i); }
+  void ahead(int, int64_t) const {}
+};
+
+// s[r][c0 + c] = q[r] . row c0 + c for c < F::W (tokens from n on repeat the last one).
+template <int R, int64_t N, typename Load>
+inline void row_scores_block(const Load& load, int c0, int n, const float* q, int64_t ldq, float* s) {
+  constexpr int TG = F::W == 16 ? 4 : 2;  // R * TG accumulators
+  F part[R][F::W];
+  for (int c = 0; c < F::W; c += TG) {
+    int token[TG];
+    for (int t = 0; t < TG; ++t) token[t] = c0 + c + t < n ? c0 + c + t : n - 1;
+    F acc[R][TG];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < TG; ++t) acc[r][t] = F::zero();
+    for (int64_t i = 0; i < N; i += F::W) {
+      F k[TG];
+      for (int t = 0; t < TG; ++t) {
+        k[t] = load(token[t], i);
+        load.ahead(token[t], i);
+      }
+      for (int r = 0; r < R; ++r) {
+        const F x = F::load(q + r * ldq + i);
+        for (int t = 0; t < TG; ++t) acc[r][t] = fma(k[t], x, acc[r][t]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < TG; ++t) part[r][c + t] = acc[r][t];
+  }
+  for (int r = 0; r < R; ++r) sum_lanes(part[r]).store(s + r * kChunk + c0);
+}
+
+// s [rows][kChunk]
+template <int64_t N, typename Load>
+inline void row_scores(const Load& load, int n, const float* q, int64_t ldq, int rows, float* s) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4)
+    for (int c = 0; c < n; c += F::W) row_scores_block<4, N>(load, c, n, q + r * ldq, ldq, s + r * kChunk);
+  for (; r < rows; ++r)
+    for (int c = 0; c < n; c += F::W) row_scores_block<1, N>(load, c, n, q + r * ldq, ldq, s + r * kChunk);
+}
+
+template <int R, int NV, typename Load>
+inline void row_accumulate_block(const Load& load, int n, int64_t i, const float* p, float* acc, int64_t lda) {
+  F a[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < NV; ++j) a[r][j] = F::load(acc + r * lda + i + j * F::W);
+  for (int c = 0; c < n; ++c) {
+    F v[NV];
+    for (int j = 0; j < NV; ++j) {
+      v[j] = load(c, i + j * F::W);
+      load.ahead(c, i + j * F::W);
+    }
+    for (int r = 0; r < R; ++r) {
+      const F w = F::fill(p[r * kChunk + c]);
+      for (int j = 0; j < NV; ++j) a[r][j] = fma(w, v[j], a[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < NV; ++j) a[r][j].store(acc + r * lda + i + j * F::W);
+}
+
+// acc[r][i] += sum over c < n of p[r][c] * row c [i], i < N
+template <int64_t N, typename Load>
+inline void row_accumulate(const Load& load, int n, const float* p, int rows, float* acc, int64_t lda) {
+  constexpr int NV = F::W == 16 ? 4 : 2;
+  constexpr int64_t wide = N / (NV * F::W) * (NV * F::W);
+  const auto block = [&](auto R, int r) {
+    constexpr int kR = decltype(R)::value;
+    for (int64_t i = 0; i < wide; i += NV * F::W)
+      row_accumulate_block<kR, NV>(load, n, i, p + r * kChunk, acc + r * lda, lda);
+    for (int64_t i = wide; i < N; i += F::W) row_accumulate_block<kR, 1>(load, n, i, p + r * kChunk, acc + r * lda, lda);
+  };
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) block(Int<4>{}, r);
+  for (; r < rows; ++r) block(Int<1>{}, r);
+}
+
+KK_END
