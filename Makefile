@@ -70,11 +70,14 @@ bench: env-bench build
 test-build: env-test
 	@CMAKE_ARGS="-DKVKERNELS_TESTS=ON" $(PY) setup.py -q build_ext --inplace
 
+# The instruction sets of this machine, best first.
+ISAS = $(shell $(PY) -c "import json, torch, kvkernels; print(*json.loads(torch.ops.kvkernels.build_info())['isas'][::-1])")
+CTEST = ctest --output-on-failure --no-tests=error -R '_($(subst $(eval) ,|,$(ISAS)))$$' --test-dir
+
 test: test-build
 	@echo '== C++ header tests'
-	@ctest --test-dir build/release --output-on-failure --no-tests=error
-	@isas=`$(PY) -c "import json, torch, kvkernels; print(*json.loads(torch.ops.kvkernels.build_info())['isas'][::-1])"` && \
-	only="" && for isa in $$isas; do \
+	@$(CTEST) build/release
+	@only=""; for isa in $(ISAS); do \
 	  echo "== pytest, KVKERNELS_ISA=$$isa $$only" && \
 	  KVKERNELS_ISA=$$isa PYTEST_ADDOPTS="$$only" $(PY) -m pytest -q $(ARGS) || exit 1; \
 	  only="-m 'not once'"; \
@@ -91,7 +94,7 @@ audit: wheel env-audit
 asan: env-test
 	@cmake --preset asan -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKVKERNELS_TESTS=ON --log-level=NOTICE
 	@cmake --build --preset asan
-	@ctest --test-dir build/asan --output-on-failure --no-tests=error
+	@$(CTEST) build/asan
 	@lib() { realpath "$$($(CXX) -print-file-name=$$1)"; } && \
 	LD_PRELOAD="$$(lib libasan.so) $$(lib libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
