@@ -54,7 +54,7 @@ Tensor fwht(const Tensor& input, double scale) {
   p.x = x.data();
   p.y = out.mutable_data_ptr();
   p.dtype = dtype_of(x);
-  p.scale = static_cast<float>(scale);
+  p.scale = scale;
   cpu::fwht(p, cpu_exec());
   return out;
 }

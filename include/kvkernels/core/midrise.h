@@ -30,7 +30,7 @@ struct MidRise {
 
   // x[n], n <= 128 a power of two. Returns the fp16 bits of the scale.
   KK_HD static uint16_t encode(const float* x, int64_t n, uint8_t* code) {
-    float tmp[kScaleGroup], top = 0.0f;
+    float tmp[kScaleGroup] = {}, top = 0.0f;
     bool finite = true;
     for (int64_t i = 0; i < n; ++i) {
       finite &= fabsf(x[i]) <= 3.4028235e38f;

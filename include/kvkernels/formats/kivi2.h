@@ -50,14 +50,15 @@ struct kivi2 {
       lo = fminf(lo, v);
       hi = fmaxf(hi, v);
     }
+    return affine(lo, hi, finite);
+  }
+  // Each + 0.0f makes 0.0 of -0.0: which of the two zeros fminf and fmaxf return is not defined.
+  KK_HD static Affine affine(float lo, float hi, bool finite) {
     if (!finite) return {0x7e00, 0x7e00};
-    // -0.0 becomes 0.0: which of the two zeros fminf and fmaxf return is not defined
-    lo += 0.0f;
-    hi += 0.0f;
-    const uint16_t zero = float_to_f16(fminf(fmaxf(lo, -65504.0f), 65504.0f));
+    const uint16_t zero = float_to_f16(fminf(fmaxf(lo + 0.0f, -65504.0f), 65504.0f));
     const float z = f16_to_float(zero);
     // rounding zero up may leave max - zero slightly negative on a constant group
-    const uint16_t scale = float_to_f16(fminf(fmaxf((hi - z) / 3.0f, 0.0f), 65504.0f));
+    const uint16_t scale = float_to_f16(fminf(fmaxf((hi + 0.0f - z) / 3.0f, 0.0f) + 0.0f, 65504.0f));
     return {scale, zero};
   }
   KK_HD static uint8_t code(float x, Affine a) {

@@ -11,7 +11,7 @@ struct FwhtParams {
   void* y;          // [rows, n] contiguous, same dtype
   int64_t rows, n, x_stride;
   DType dtype;      // f32 f16 bf16 f64; computed in fp32 (f64: in fp64)
-  float scale;
+  double scale;
 };
 
 namespace cpu {

@@ -36,7 +36,7 @@ def _affine(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     zero = low.clamp(-MAX_SCALE, MAX_SCALE).half()
     span = high - zero.float()
     # a tensor, since dividing by a number may multiply by its rounded reciprocal
-    scale = (span / torch.full_like(span, 3.0)).clamp(0.0, MAX_SCALE).half()
+    scale = ((span / torch.full_like(span, 3.0)).clamp(0.0, MAX_SCALE) + 0.0).half()
     s = scale.float()
     codes = ((x - zero.float()) * torch.where(s > 0, 1.0 / s, 0.0)).round().clamp(0, 3)
     return codes.where(finite, 0.0).to(torch.uint8), nan_f16(scale, ~finite), nan_f16(zero, ~finite)
