@@ -30,8 +30,10 @@ class Limits:
     def read(self, threads: int) -> float:
         return self.memory.read(threads)
 
-    def copy(self, threads: int) -> float:
-        return self.memory.copy(threads)
+    def copy(self, threads: int, size: int = 0) -> float:
+        """Of `size` bytes; all that it has where that is 0 or more than that."""
+        whole = self.memory.bytes
+        return self.memory.copy(threads, max(2**16, size) if 0 < size < whole // 2 else whole)
 
     def fma(self, threads: int) -> float:
         return self.native.fma(threads, BITS[self.isa])

@@ -19,7 +19,7 @@ def data(kv: kk.PagedKV, pool: int) -> Tensor:
 
 def attend(q: Tensor, kv: kk.PagedKV, table: Tensor, lens: Tensor) -> Tensor:
     """quant_attention without lse."""
-    return cast(Tensor, kk.quant_attention(q, kv, table, lens))
+    return kk.quant_attention(q, kv, table, lens)
 
 
 def paged(k: Tensor, v: Tensor, name: str, batch: int) -> tuple[kk.PagedKV, Tensor]:

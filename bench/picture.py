@@ -25,25 +25,23 @@ class Series(NamedTuple):
     line: bool = False
 
 
-def _ticks(low: float, high: float, steps: tuple[float, ...]) -> list[float]:
-    """step * 10^n within the range."""
-    found = []
-    for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        found += [s * 10.0**exponent for s in steps if low <= s * 10.0**exponent <= high]
-    return found
-
-
-def scatter(title: str, subtitle: str, x_name: str, y_name: str, series: list[Series], x_ticks: list[float]) -> str:
-    """Both axes logarithmic; x_ticks also bound the x axis."""
-    ys = [p.y for s in series for p in s.points]
-    y_low, y_high = min(ys) / 1.6, max(ys) * 1.6
+def scatter(
+    title: str,
+    subtitle: str,
+    x_name: str,
+    y_name: str,
+    series: list[Series],
+    x_ticks: list[float],
+    y_ticks: list[float],
+) -> str:
+    """x logarithmic, y linear and in per cent; the outer ticks bound the axes."""
     x_low, x_high = x_ticks[0] / 1.04, x_ticks[-1] * 1.04
 
     def x_at(value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * math.log(value / x_low) / math.log(x_high / x_low)
 
     def y_at(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * math.log(value / y_low) / math.log(y_high / y_low)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
 
     def text(x: float, y: float, what: str, size: int = 12, at: str = "start", fill: str = INK, more: str = "") -> str:
         look = f'font-size="{size}" text-anchor="{at}" fill="{fill}" {more}'
@@ -59,7 +57,7 @@ def scatter(title: str, subtitle: str, x_name: str, y_name: str, series: list[Se
         x = x_at(tick)
         out.append(f'<path d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{GRID}"/>')
         out.append(text(x, HEIGHT - BOTTOM + 18, f"{tick:g}", at="middle", fill=FAINT))
-    for tick in _ticks(y_low, y_high, (1.0, 3.0)):
+    for tick in y_ticks:
         y = y_at(tick)
         out.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         out.append(text(LEFT - 8, y + 4, f"{100 * tick:g} %", at="end", fill=FAINT))

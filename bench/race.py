@@ -96,15 +96,18 @@ def in_turn(
 def run(race: Race, limits: Limits, min_rounds: int = 5, max_rounds: int = 25, budget: float = 4.0) -> list[Result]:
     """Times a race, the limits of the machine between its runs."""
     torch.set_num_threads(race.threads)
-    rates: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {"fma": [], "int8": [], "copy": [], "read": []}
+    copied = int(max(c.copies for c in race.contestants))
 
-    def sample(names: tuple[str, ...]) -> None:
-        for name in names:
-            rates.setdefault(name, []).append(getattr(limits, name)(race.threads))
+    def sample() -> None:
+        rates["fma"].append(limits.fma(race.threads))
+        rates["int8"].append(limits.int8(race.threads))
+        rates["copy"].append(limits.copy(race.threads, copied))
+        rates["read"].append(limits.read(race.threads))  # last, as it empties the caches
 
-    sample(("read", "copy", "fma", "int8") * 2)
+    sample()
     runs = {c.name: c.run for c in race.contestants}
-    before = (lambda: sample(("fma", "int8", "copy", "read"))) if race.cold else None  # reading last empties the caches
+    before = sample if race.cold else None
     times = in_turn(runs, before, race.inner, min_rounds, max_rounds, budget)
     typical = {name: median(values) for name, values in rates.items()}
     return [_result(race, c, times, typical) for c in race.contestants]

@@ -7,21 +7,15 @@ from functools import partial
 
 import torch
 
-import kvkernels as kk
 from bench import peers
 from bench.pages import HKV, HQ, PAGE, D, attend, paged
 from bench.race import Contestant, Race
+from kvkernels.ops.quant_attention import cost
 
 FORMATS = ("bf16", "u8", "u4", "u3", "u2", "kivi2")
 SHAPES = ((1, 8192), (1, 32768), (8, 8192), (8, 32768))
 QUICK_SHAPES = ((1, 2048),)
 PEERS = {"sdpa": peers.sdpa, "matmul": peers.matmul}
-
-
-def cost(name: str, batch: int, length: int) -> tuple[float, float]:
-    """Bytes read and flops: the pages once, a multiply and an add per query head for K and for V; q and out besides."""
-    page_bytes = kk.format(name).page_bytes(PAGE, D)
-    return batch * (length // PAGE * HKV * page_bytes + 2 * HQ * D * 2), 4.0 * batch * HQ * length * D
 
 
 def races(threads: int, quick: bool) -> Iterator[Race]:
@@ -33,7 +27,8 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         contestants = []
         for name in FORMATS:
             kv, table = paged(k, v, name, batch)
-            reads, flops = cost(name, batch, length)
+            case = {"formats": (name,), "lens": (length,) * batch, "Hq": HQ, "Hkv": HKV, "D": D, "page_size": PAGE}
+            reads, flops = cost(case | {"Tq": 1, "dtype": "bfloat16"})
             contestants.append(
                 Contestant(
                     name,
@@ -64,6 +59,7 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
                 against.append(f"{name} {short}")
         if batch == 1:
             for name, step in peers.hf_caches(flat[0], flat[1], q).items():
-                contestants.append(Contestant(name, step, cost("u2", batch, length)[0], 0.0, peer=True))
+                # at least the codes
+                contestants.append(Contestant(name, step, 2.0 * flat[0].numel() * 2 / 8, 0.0, peer=True))
                 against.append(name)
         yield Race("quant_attention", f"B{batch} L{length}", threads, contestants, against)
