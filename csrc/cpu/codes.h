@@ -35,6 +35,11 @@ struct I {
     return _mm512_i32gather_epi32(_mm512_mullo_epi32(i, _mm512_set1_epi32(stride)), p, 1);
   }
   friend I operator+(I a, I b) { return _mm512_add_epi32(a.v, b.v); }
+  friend I operator-(I a, I b) { return _mm512_sub_epi32(a.v, b.v); }
+  template <int n>
+  I sra() const { return _mm512_srai_epi32(v, n); }
+  template <int n>
+  I sll() const { return _mm512_slli_epi32(v, n); }
   friend I unpack_lo32(I a, I b) { return _mm512_unpacklo_epi32(a.v, b.v); }
   friend I unpack_hi32(I a, I b) { return _mm512_unpackhi_epi32(a.v, b.v); }
   friend I unpack_lo64(I a, I b) { return _mm512_unpacklo_epi64(a.v, b.v); }
@@ -55,7 +60,11 @@ struct I {
   static I widen(I acc, I acc16) { return _mm512_add_epi32(acc.v, _mm512_madd_epi16(acc16.v, _mm512_set1_epi16(1))); }
 };
 #if defined(__AVX512VNNI__)
-inline I I::dot(I acc, I u8, I s8) { return _mm512_dpbusd_epi32(acc.v, u8.v, s8.v); }
+// GCC 12 copies every accumulator twice per step around its own intrinsic (_mm512_dpbusd_epi32): 32 moves for 16 products.
+inline I I::dot(I acc, I u8, I s8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u8.v), "v"(s8.v));
+  return acc;
+}
 #endif
 #else
 struct I {
@@ -76,6 +85,11 @@ struct I {
     return _mm256_i32gather_epi32((const int*)p, _mm256_mullo_epi32(i, _mm256_set1_epi32(stride)), 1);
   }
   friend I operator+(I a, I b) { return _mm256_add_epi32(a.v, b.v); }
+  friend I operator-(I a, I b) { return _mm256_sub_epi32(a.v, b.v); }
+  template <int n>
+  I sra() const { return _mm256_srai_epi32(v, n); }
+  template <int n>
+  I sll() const { return _mm256_slli_epi32(v, n); }
   friend I unpack_lo32(I a, I b) { return _mm256_unpacklo_epi32(a.v, b.v); }
   friend I unpack_hi32(I a, I b) { return _mm256_unpackhi_epi32(a.v, b.v); }
   friend I unpack_lo64(I a, I b) { return _mm256_unpacklo_epi64(a.v, b.v); }
@@ -258,28 +272,39 @@ inline void dot4(const uint8_t* codes, int64_t ldc, int64_t lanes, int64_t nk, c
 // x = step * (128^(n-1) d_0 + ... + d_(n-1)) with signed 7-bit digits: two carry 15 bits (enough for 16-bit queries, whose
 // own rounding is larger), three carry 22 (fp32 queries).
 template <int N>
-constexpr float digit_top() {
-  return N == 2 ? 127.0f * 128 : 127.0f * 128 * 128;
-}
-template <int N>
-inline void split_digits(F x_scaled, I* d) {  // x_scaled = x / step, |x_scaled| <= digit_top<N>()
-#if defined(__AVX512F__)
-  const auto sra7 = [](I a) { return I(_mm512_srai_epi32(a.v, 7)); };
-  const auto sll7 = [](I a) { return I(_mm512_slli_epi32(a.v, 7)); };
-  const auto sub = [](I a, I b) { return I(_mm512_sub_epi32(a.v, b.v)); };
-#else
-  const auto sra7 = [](I a) { return I(_mm256_srai_epi32(a.v, 7)); };
-  const auto sll7 = [](I a) { return I(_mm256_slli_epi32(a.v, 7)); };
-  const auto sub = [](I a, I b) { return I(_mm256_sub_epi32(a.v, b.v)); };
-#endif
-  I rest = I::from_float(x_scaled);
-  for (int i = N - 1; i > 0; --i) {
-    const I up = sra7(rest + I::fill(64));
-    d[i] = sub(rest, sll7(up));
-    rest = up;
+struct Digits {
+  static constexpr float top = N == 2 ? 127.0f * 128 : 127.0f * 128 * 128;
+  // Sums of digit * code are joined to one number per lane. Of two digits as integers: below 2^24 for codes of 2 and 3 bits,
+  // so exact in fp32, and off by less than a digit's own rounding for 4. Of three apart, each less its share of the offset.
+  static constexpr int parts = N == 2 ? 1 : N;
+
+  // x / step, |x / step| <= top
+  static void split(F scaled, I* d) {
+    I rest = I::from_float(scaled);
+    for (int i = N - 1; i > 0; --i) {
+      const I up = (rest + I::fill(64)).template sra<7>();
+      d[i] = rest - up.template sll<7>();
+      rest = up;
+    }
+    d[0] = rest;
   }
-  d[0] = rest;
-}
+  // What `join` subtracts: level of code 0, times the sum of the numbers whose digits are summed in `d`.
+  static void offsets(const I* d, float level, float* offset) {
+    if constexpr (N == 2)
+      offset[0] = level * (d[0].template sll<7>() + d[1]).to_float().fold_sum();
+    else
+      for (int i = 0; i < N; ++i) offset[i] = level * d[i].to_float().fold_sum();
+  }
+  static F join(const int32_t* sums, int64_t ld, const float* offset) {
+    if constexpr (N == 2) {
+      return (I::load(sums).template sll<7>() + I::load(sums + ld)).to_float() - F::fill(offset[0]);
+    } else {
+      F v = I::load(sums).to_float() - F::fill(offset[0]);
+      for (int i = 1; i < N; ++i) v = fma(v, F::fill(128.0f), I::load(sums + i * ld).to_float() - F::fill(offset[i]));
+      return v;
+    }
+  }
+};
 inline void store_i8(I a, int8_t* p) {
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));

@@ -1,7 +1,7 @@
 // Decode attention on pages of any mix of formats.
 //
 // A task is (sequence, KV head, interval of tokens); it reads K and V once for the whole query group (rows = Tq * Hq/Hkv).
-// Per chunk of 64 tokens: scores S [rows][64] -> online softmax P [rows][64] -> sums over V. How the two sides of a format
+// Per chunk of 64 or 128 tokens: scores S [rows][chunk] -> online softmax P -> sums over V. How the two sides of a format
 // are read:
 //   bf16 f16 u8            as fp32 rows (rows.h)
 //   u4 u3 u2               as byte codes against integer digits of q and of p * scale (codes.h), 4 products an instruction
@@ -118,6 +118,7 @@ struct Chunk {
   const Pool* pool;
   int pool_index;
   int64_t start;  // position of column 0 in the sequence
+  int64_t first_seen;  // columns before it are outside every row's window
   int n, pieces;
   Piece piece[kChunk];
 };
@@ -131,7 +132,7 @@ struct Task {
   const QuantAttentionParams& p;
   int rows;
   int64_t len, first_row, group;
-  float *q, *q_rot, *q_mu, *s, *m, *l, *out_rows, *decoded;
+  float *q, *q_rot, *q_mu, *s, *p_top, *m, *l, *out_rows, *decoded;
   uint8_t* codes;
   struct PoolState {
     float* acc;      // [rows][lanes] sums over V, in the order and basis the pool's format leaves them in
@@ -155,6 +156,7 @@ struct Task {
     out_rows = a.take<float>(rows * D);
     s = a.take<float>(rows * kChunk);
     q_mu = a.take<float>(rows);
+    p_top = a.take<float>(rows);
     m = a.take<float>(rows);
     l = a.take<float>(rows);
     bool any_packed = false;
@@ -173,10 +175,24 @@ struct Task {
     }
   }
 
+#if defined(__AVX2__)
+  template <typename Fmt>
+  static constexpr bool uses_codes = Fmt::rotated && Fmt::bits <= 4;
+#else
+  template <typename Fmt>
+  static constexpr bool uses_codes = false;
+#endif
+
   static bool is_packed(Format f) {
     bool r = false;
     with_format(f, [&](auto fmt) { r = decltype(fmt)::packed; });
     return r;
+  }
+  static bool read_as_codes(const Pool& pool) {
+    bool k = false, v = false;
+    with_format(pool.k_format, [&](auto fmt) { k = uses_codes<decltype(fmt)>; });
+    with_format(pool.v_format, [&](auto fmt) { v = uses_codes<decltype(fmt)>; });
+    return k && v;
   }
   static bool packed(const Pool& pool) { return is_packed(pool.k_format) || is_packed(pool.v_format); }
 
@@ -258,14 +274,6 @@ struct Task {
     });
   }
 
-#if defined(__AVX2__)
-  template <typename Fmt>
-  static constexpr bool uses_codes = Fmt::rotated && Fmt::bits <= 4;
-#else
-  template <typename Fmt>
-  static constexpr bool uses_codes = false;
-#endif
-
   static void row_pointers(const Chunk& c, int64_t stride, bool k_side, const uint8_t** row) {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
@@ -346,22 +354,21 @@ struct Task {
         top = max(top, abs(F::load(x + i)));
         finite &= all_finite(F::load(x + i));
       }
-      const float biggest = top.fold_max(), inv = biggest > 0.0f ? digit_top<DIGITS>() / biggest : 0.0f;
-      st.step[r] = finite ? biggest / digit_top<DIGITS>() : NAN;
+      const float biggest = top.fold_max(), inv = biggest > 0.0f ? Digits<DIGITS>::top / biggest : 0.0f;
+      st.step[r] = finite ? biggest / Digits<DIGITS>::top : NAN;
       int8_t digit[DIGITS][D];
       for (int64_t g = 0; g < kGroups; ++g) {
         I sum[DIGITS];
         for (int d = 0; d < DIGITS; ++d) sum[d] = I::zero();
         for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += F::W) {
           I dig[DIGITS];
-          split_digits<DIGITS>(F::load(x + i) * F::fill(inv), dig);
+          Digits<DIGITS>::split(F::load(x + i) * F::fill(inv), dig);
           for (int d = 0; d < DIGITS; ++d) {
             sum[d] = sum[d] + dig[d];
             store_i8(dig[d], digit[d] + i);
           }
         }
-        for (int d = 0; d < DIGITS; ++d)
-          st.offset[(r * kGroups + g) * DIGITS + d] = Fmt::Grid::offset * sum[d].to_float().fold_sum();
+        Digits<DIGITS>::offsets(sum, Fmt::Grid::offset, st.offset + (r * kGroups + g) * DIGITS);
       }
       for (int d = 0; d < DIGITS; ++d)
         for (int64_t g = 0; g < kGroups; ++g) {
@@ -370,13 +377,6 @@ struct Task {
           if constexpr (planes == 2) Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<int8_t*>(w + quads));
         }
     }
-  }
-
-  // v = sum_d 128^(DIGITS-1-d) (ints[d] - offset[d]): each difference is exact in fp32, so nothing cancels.
-  static F join_digits(const int32_t* ints, int64_t ld, const float* offset) {
-    F v = I::load(ints).to_float() - F::fill(offset[0]);
-    for (int d = 1; d < DIGITS; ++d) v = fma(v, F::fill(128.0f), I::load(ints + d * ld).to_float() - F::fill(offset[d]));
-    return v;
   }
 
   template <typename Fmt>
@@ -411,7 +411,7 @@ struct Task {
           for (int64_t j = 0; j < cols; j += F::W) {
             float* o = s + (r + i) * kChunk + j;
             const F base = g ? F::load(o) : F::fill(q_mu[r + i]);
-            const F v = join_digits(ints[i * DIGITS] + j, kChunk, st.offset + ((r + i) * kGroups + g) * DIGITS);
+            const F v = Digits<DIGITS>::join(ints[i * DIGITS] + j, kChunk, st.offset + ((r + i) * kGroups + g) * DIGITS);
             fma(v * step, F::load(scale + g * kChunk + j), base).store(o);
           }
         }
@@ -440,12 +440,22 @@ struct Task {
       }
     }
     for (int64_t g = 0; g < kGroups; ++g) {
+      // the largest scale among tokens that some row sees: bounds p * scale for every row at once
+      F top = F::zero();
+      for (int64_t j = 0; j < cols; j += F::W) {
+        F x = F::load(scale + g * kChunk + j);
+        if (c.n < j + F::W) x = first(static_cast<int>(c.n - j), x, F::zero());
+        if (c.first_seen > j) x = first(static_cast<int>(clamp(c.first_seen - j, F::W)), F::zero(), x);
+        top = max(x, top);
+      }
+      const float scale_top = top.fold_max();
       const auto block = [&](auto n, int r) {
         constexpr int R = decltype(n)::value;
         alignas(64) int8_t words[R * DIGITS][kChunk];
         alignas(64) int32_t ints[R * DIGITS][kGroup];
         float step[R], offset[R][DIGITS];
-        for (int i = 0; i < R; ++i) step[i] = weigh<Fmt>(s + (r + i) * kChunk, scale + g * kChunk, cols, words[i * DIGITS], offset[i]);
+        for (int i = 0; i < R; ++i)
+          step[i] = weigh<Fmt>(s + (r + i) * kChunk, scale + g * kChunk, p_top[r + i] * scale_top, cols, words[i * DIGITS], offset[i]);
         for (int plane = 0; plane < planes; ++plane) {
           const int64_t lane0 = plane * D + g * kGroup;
           dot4<kMaxCode<Fmt>, R * DIGITS>(codes + lane0 * 4, lanes * 4, kGroup, cols / 4, reinterpret_cast<const int32_t*>(words[0]),
@@ -454,7 +464,7 @@ struct Task {
           for (int i = 0; i < R; ++i)
             for (int64_t j = 0; j < kGroup; j += F::W) {
               float* o = st.acc + (r + i) * st.lanes + lane0 + j;
-              const F v = join_digits(ints[i * DIGITS] + j, kGroup, plane == 0 ? offset[i] : none);
+              const F v = Digits<DIGITS>::join(ints[i * DIGITS] + j, kGroup, plane == 0 ? offset[i] : none);
               fma(v, F::fill(step[i]), F::load(o)).store(o);
             }
         }
@@ -465,30 +475,25 @@ struct Task {
     }
   }
 
-  // Digits of w = p * scale, four tokens to a word; returns the step. A NaN scale makes the step NaN, so that it is not lost.
+  // Digits of w = p * scale, four tokens to a word. `biggest` bounds w; returns the value of the last digit.
   template <typename Fmt>
-  static float weigh(const float* prob, const float* scale, int64_t cols, int8_t* words, float* offset) {
-    F top = F::zero(), total = F::zero();
-    F w[kChunk / F::W];
-    for (int64_t j = 0; j < cols; j += F::W) {
-      const F x = F::load(prob + j);
-      w[j / F::W] = where_positive(x, x * F::load(scale + j));
-      top = max(top, w[j / F::W]);
-      total = total + w[j / F::W];
-    }
-    const float biggest = top.fold_max(), sum = total.fold_sum(), inv = biggest > 0.0f ? digit_top<DIGITS>() / biggest : 0.0f;
+  static float weigh(const float* prob, const float* scale, float biggest, int64_t cols, int8_t* words, float* offset) {
+    const F inv = F::fill(biggest > 0.0f ? Digits<DIGITS>::top / biggest : 0.0f);
     I sums[DIGITS];
     for (int d = 0; d < DIGITS; ++d) sums[d] = I::zero();
+    F total = F::zero();
     for (int64_t j = 0; j < cols; j += F::W) {
+      const F x = F::load(prob + j), w = where_positive(x, x * F::load(scale + j));  // rows nobody sees may hold NaN
+      total = total + w;
       I dig[DIGITS];
-      split_digits<DIGITS>(w[j / F::W] * F::fill(inv), dig);
+      Digits<DIGITS>::split(w * inv, dig);
       for (int d = 0; d < DIGITS; ++d) {
         sums[d] = sums[d] + dig[d];
         store_i8(dig[d], words + d * kChunk + j);
       }
     }
-    for (int d = 0; d < DIGITS; ++d) offset[d] = Fmt::Grid::offset * sums[d].to_float().fold_sum();
-    return sum == sum ? biggest / digit_top<DIGITS>() : NAN;
+    Digits<DIGITS>::offsets(sums, Fmt::Grid::offset, offset);
+    return all_finite(total) ? biggest / Digits<DIGITS>::top : NAN;  // a NaN scale must not get lost among the digits
   }
 #endif
 
@@ -504,7 +509,7 @@ struct Task {
       const int64_t lo = clamp(p.window_left >= 0 ? last - p.window_left - c.start : 0, c.n);
       const int64_t hi = clamp(last + 1 - c.start, c.n);
       const F none = F::fill(-INFINITY);
-      F top = F::fill(m[r]);
+      F top = F::fill(-INFINITY);
       for (int64_t j = 0; j < cols; j += F::W) {
         F v = F::load(x + j);
         if (hi < j + F::W) v = first(static_cast<int>(clamp(hi - j, F::W)), v, none);
@@ -512,9 +517,10 @@ struct Task {
         v.store(x + j);
         top = max(top, v);
       }
-      const float m_new = top.fold_max();
+      const float m_chunk = top.fold_max(), m_new = m_chunk < m[r] ? m[r] : m_chunk;
       // Nothing visible yet: subtract 0, so that -inf gives weight 0 and a NaN score stays a NaN.
       const float base = m_new == -INFINITY ? 0.0f : m_new;
+      p_top[r] = m_chunk == -INFINITY ? 0.0f : expf(m_chunk - base);
       F sum = F::zero();
       for (int64_t j = 0; j < cols; j += F::W) {
         const F e = exp_neg(F::load(x + j) - F::fill(base));
@@ -624,13 +630,13 @@ struct Task {
             const Piece& pc = c.piece[i];
             const uint8_t* x = side == 0 ? pc.k : pc.v;
             const int64_t row = D * (Fmt::bits == 3 ? 2 : Fmt::bits) / 8;
-            for (int64_t at = 0; at < pc.n * row; at += 64) __builtin_prefetch(x + pc.token * row + at, 0, 2);
+            for (int64_t at = 0; at < pc.n * row; at += 64) __builtin_prefetch(x + pc.token * row + at, 0, 3);
             if (Fmt::bits == 3)
               for (int64_t at = 0; at < pc.n * D / 8; at += 64)
-                __builtin_prefetch(x + p.page_size * row + pc.token * D / 8 + at, 0, 2);
+                __builtin_prefetch(x + p.page_size * row + pc.token * D / 8 + at, 0, 3);
             if (Fmt::rotated) {
               const int64_t scales = p.page_size * D * Fmt::bits / 8 + pc.token * kGroups * 2;
-              for (int64_t at = 0; at < pc.n * kGroups * 2; at += 64) __builtin_prefetch(x + scales + at, 0, 2);
+              for (int64_t at = 0; at < pc.n * kGroups * 2; at += 64) __builtin_prefetch(x + scales + at, 0, 3);
             }
           }
       });
@@ -640,16 +646,18 @@ struct Task {
     const int32_t* table = p.page_table + b * p.table_stride;
     c.pool_index = table[pos / p.page_size] >> 28;
     c.pool = &p.pools[c.pool_index];
-    if (packed(*c.pool)) pos = round_down(pos, kTile);  // a window may begin inside a tile; softmax masks what lies before
-    c.start = pos;
+    c.start = packed(*c.pool) ? round_down(pos, kTile) : pos;  // a window may begin inside a tile
+    c.first_seen = pos - c.start;
+    pos = c.start;
     c.n = c.pieces = 0;
-    while (c.n < kChunk && pos < end) {
+    const int64_t limit = read_as_codes(*c.pool) ? kChunk : kRowChunk;
+    while (c.n < limit && pos < end) {
       const int32_t entry = table[pos / p.page_size];
       if (entry >> 28 != c.pool_index) break;
       const int64_t page = entry & kPageMask, token = pos % p.page_size;
       int64_t n = p.page_size - token;
       if (n > end - pos) n = end - pos;
-      if (n > kChunk - c.n) n = kChunk - c.n;
+      if (n > limit - c.n) n = limit - c.n;
       c.piece[c.pieces++] = {c.pool->k + page * c.pool->k_page + h * c.pool->k_head,
                              c.pool->v + page * c.pool->v_page + h * c.pool->v_head, token, static_cast<int>(n), c.n};
       c.n += static_cast<int>(n);

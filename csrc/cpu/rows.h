@@ -6,8 +6,9 @@
 
 KK_BEGIN
 
-constexpr int kChunk = 64;  // tokens between two softmax updates
-constexpr int kTile = 16;   // packed formats are read by tiles; pages of them are multiples of it
+constexpr int kChunk = 128;    // most tokens between two softmax updates: packed formats, whose chunk is 8 KB at 2 bits
+constexpr int kRowChunk = 64;  // formats read as rows: a chunk of 16-bit K or V is 16 KB, and the next one is on its way too
+constexpr int kTile = 16;      // packed formats are read by tiles; pages of them are multiples of it
 
 // load(c, i): the F::W channels from i of token c. load.ahead(c, i): asks for the same place one chunk later. The page table
 // says where that is; the processor's own prefetcher does not, and stops at every page of memory besides.
@@ -16,7 +17,7 @@ struct LoadBf16 {
   const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_bf16(reinterpret_cast<const uint16_t*>(rows[c]) + i); }
   void ahead(int c, int64_t i) const {
-    if (i % 32 == 0) __builtin_prefetch(next[c] + i * 2, 0, 2);
+    if (i % 32 == 0) __builtin_prefetch(next[c] + i * 2, 0, 3);
   }
 };
 struct LoadF16 {
@@ -24,7 +25,7 @@ struct LoadF16 {
   const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_f16(reinterpret_cast<const uint16_t*>(rows[c]) + i); }
   void ahead(int c, int64_t i) const {
-    if (i % 32 == 0) __builtin_prefetch(next[c] + i * 2, 0, 2);
+    if (i % 32 == 0) __builtin_prefetch(next[c] + i * 2, 0, 3);
   }
 };
 struct LoadU8 {  // levels in units of the scale
@@ -32,7 +33,7 @@ struct LoadU8 {  // levels in units of the scale
   const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_u8(rows[c] + i) - F::fill(127.5f); }
   void ahead(int c, int64_t i) const {
-    if (i % 64 == 0) __builtin_prefetch(next[c] + i, 0, 2);
+    if (i % 64 == 0) __builtin_prefetch(next[c] + i, 0, 3);
   }
 };
 struct LoadF32 {  // a buffer in L1
@@ -45,8 +46,8 @@ struct LoadF32 {  // a buffer in L1
 // s[r][c0 + c] = q[r] . row c0 + c for c < F::W (tokens from n on repeat the last one).
 template <int R, int64_t N, typename Load>
 inline void row_scores_block(const Load& load, int c0, int n, const float* q, int64_t ldq, float* s) {
-  constexpr int TG = F::W == 16 ? 4 : 2;  // R * TG accumulators
-  F part[R][F::W];
+  constexpr int TG = kFold;  // R * TG accumulators
+  F part[R][F::W / kFold];
   for (int c = 0; c < F::W; c += TG) {
     int token[TG];
     for (int t = 0; t < TG; ++t) token[t] = c0 + c + t < n ? c0 + c + t : n - 1;
@@ -64,10 +65,9 @@ inline void row_scores_block(const Load& load, int c0, int n, const float* q, in
         for (int t = 0; t < TG; ++t) acc[r][t] = fma(k[t], x, acc[r][t]);
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < TG; ++t) part[r][c + t] = acc[r][t];
+    for (int r = 0; r < R; ++r) part[r][c / TG] = fold(acc[r]);
   }
-  for (int r = 0; r < R; ++r) sum_lanes(part[r]).store(s + r * kChunk + c0);
+  for (int r = 0; r < R; ++r) sum_folded(part[r]).store(s + r * kChunk + c0);
 }
 
 // s [rows][kChunk]

@@ -85,18 +85,19 @@ inline F exp_neg(F x) {
   return _mm512_scalef_ps(p.v, n.v);
 }
 
-// Lane i of the result is the sum of the lanes of v[i]: W horizontal sums for the price of about three.
-inline F sum_lanes(const F* v) {
-  __m512 r[4];
-  for (int i = 0; i < 4; ++i) {
-    const auto pair = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
-    const __m512d ab = _mm512_castps_pd(pair(v[4 * i].v, v[4 * i + 1].v)), cd = _mm512_castps_pd(pair(v[4 * i + 2].v, v[4 * i + 3].v));
-    r[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-  }
+// Horizontal sums of W vectors, for the price of about three, in two steps: `fold` takes kFold vectors to one as soon as
+// they are there, `sum_folded` W / kFold of those to the vector whose lane i is the sum of vector i.
+constexpr int kFold = 4;
+inline F fold(const F* v) {
+  const auto pair = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))); };
+  const __m512d ab = pair(v[0].v, v[1].v), cd = pair(v[2].v, v[3].v);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+}
+inline F sum_folded(const F* r) {
   const auto halves = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
-  return halves(halves(r[0], r[1]), halves(r[2], r[3]));
+  return halves(halves(r[0].v, r[1].v), halves(r[2].v, r[3].v));
 }
 
 #elif defined(__AVX2__)
@@ -183,11 +184,10 @@ inline F exp_neg(F x) {
   return _mm256_or_ps(_mm256_andnot_ps(small, _mm256_mul_ps(p.v, _mm256_castsi256_ps(e))), nan);
 }
 
-inline F sum_lanes(const F* v) {
-  const auto four = [](const F* u) {
-    return _mm256_hadd_ps(_mm256_hadd_ps(u[0].v, u[1].v), _mm256_hadd_ps(u[2].v, u[3].v));
-  };
-  const __m256 a = four(v), b = four(v + 4);
+constexpr int kFold = 2;
+inline F fold(const F* v) { return _mm256_hadd_ps(v[0].v, v[1].v); }
+inline F sum_folded(const F* r) {
+  const __m256 a = _mm256_hadd_ps(r[0].v, r[1].v), b = _mm256_hadd_ps(r[2].v, r[3].v);
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
@@ -259,9 +259,9 @@ inline F exp_neg(F x) {
   return F::each([&](int i) { return ::expf(x.v[i]); });
 }
 
-inline F sum_lanes(const F* v) {
-  return F::each([&](int i) { return v[i].fold_sum(); });
-}
+constexpr int kFold = 2;
+inline F fold(const F* v) { return F::Vec{v[0].v[0] + v[0].v[2], v[0].v[1] + v[0].v[3], v[1].v[0] + v[1].v[2], v[1].v[1] + v[1].v[3]}; }
+inline F sum_folded(const F* r) { return F::Vec{r[0].v[0] + r[0].v[1], r[0].v[2] + r[0].v[3], r[1].v[0] + r[1].v[1], r[1].v[2] + r[1].v[3]}; }
 
 #endif
 
