@@ -45,7 +45,9 @@ print("smoke ok:", sys.version.split()[0], torch.__version__, kk.info())
 
 
 def run(*command: "str | Path", timeout: float = 300, cwd: "Path | None" = None) -> str:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "KVKERNELS_LIBRARY"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "KVKERNELS_LIBRARY"))}
+    # Lent packages must not leave byte code of their own behind; what pip installs it compiles all the same.
+    environment = {**clean, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [str(c) for c in command], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment
     )
@@ -90,9 +92,9 @@ def install_smoke_uninstall(python: Path, wheel: Path, smoke: bool = True) -> No
     # Without an index: the torch that is there must satisfy the wheel.
     run(python, "-m", "pip", "install", "-q", "--no-index", *([] if smoke else ["--no-deps"]), wheel)
     assert files(python) > before
-    if smoke:
-        assert "smoke ok" in run(python, "-I", "-c", SMOKE, cwd=wheel.parent)
-        assert "kvkernels" in run(python, "-I", "-m", "kvkernels", cwd=wheel.parent)
+    if smoke:  # -I ignores the environment, hence -B
+        assert "smoke ok" in run(python, "-IB", "-c", SMOKE, cwd=wheel.parent)
+        assert "kvkernels" in run(python, "-IB", "-m", "kvkernels", cwd=wheel.parent)
     run(python, "-m", "pip", "uninstall", "-q", "-y", "kvkernels")
     assert files(python) == before
 
