@@ -30,7 +30,8 @@ def check_machine():
         stop(f"needs Python >= 3.10; {sys.executable} is {sys.version.split()[0]} (or: make PYTHON=/path/to/python)")
     named = os.environ.get("CXX", "").split()[:1]
     if not any(shutil.which(c) for c in named or ("c++", "g++", "clang++")):
-        stop(f"needs a C++17 compiler; {'CXX=' + named[0] if named else 'c++, g++, clang++'} not found (Debian: apt-get install g++)")
+        what = f"CXX={named[0]}" if named else "c++, g++ or clang++"
+        stop(f"needs a C++17 compiler; {what} not found (Debian: apt-get install g++)")
 
 
 def requirements(groups):
