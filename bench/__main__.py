@@ -1,4 +1,4 @@
-"""python -m bench [op ...] [--threads 1,2] [--quick] [--results FILE] [--isa NAME]
+"""python -m bench [op ...] [--threads 1,2] [--quick] [--results [FILE]] [--isa NAME]
 
 Times every op against its peers and against the limits of this machine, measured in the same run.
 """
@@ -18,7 +18,7 @@ from statistics import median
 import torch
 
 import kvkernels  # noqa: F401  (loads the ops)
-from bench import ops, report
+from bench import build, ops, report
 from bench.limits import Limits
 from bench.race import Result, timed
 
@@ -90,7 +90,9 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of: {', '.join(known)} (all)")
     parser.add_argument("--threads", default="1" if every == 1 else f"1,{every}", help="counts, by comma (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds: does it run?")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="write a page, as bench/results/<machine>.md")
+    page_path = build.ROOT / "bench" / "results" / f"{'-'.join(build.cpu_name().lower().split())}.md"
+    parser.add_argument("--results", type=Path, nargs="?", const=page_path, metavar="FILE",
+                        help=f"write a page ({page_path.relative_to(build.ROOT)})")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--isa", help="compare this ISA with the best one")
     args = parser.parse_args()
@@ -108,7 +110,7 @@ def main() -> None:
     for count in threads:
         rates = [limits.sample(count) for _ in range(3 if args.quick else 7)]
         lines.append(report.limits_line(count, {key: median(r[key] for r in rates) for key in rates[0]}))
-    command = "python -m bench " + " ".join(sys.argv[1:])
+    command = " ".join(["python -m bench", *args.ops, "--threads", args.threads, *(["--quick"] if args.quick else [])])
     say(*report.header(command, isa)[:3], "", *lines)
     results = measure(names, threads, args.quick, limits)
     if args.results:

@@ -42,7 +42,7 @@ def test_bench_quick(tmp_path):
     assert all("sdpa bf16" in r["ratios"] for r in results if r["op"] == "quant_attention" and not r["peer"])
     text = page.read_text()
     assert "% of limit" in text
-    assert "python -m bench --quick" in text
+    assert "python -m bench --threads 1 --quick" in text
 
 
 @pytest.fixture(scope="module")
