@@ -28,6 +28,11 @@ def cpu_name() -> str:
     return cpu_text("model name") or platform.processor() or platform.machine()
 
 
+def find_cmake() -> str | None:
+    beside = Path(sys.executable).parent / "cmake"
+    return str(beside) if beside.exists() else shutil.which("cmake")
+
+
 def target() -> Path:
     """Where the module belongs: the name carries what it was built from and for, so a stale one is never loaded."""
     text = cpu_text("flags") + "".join(p.read_text() for p in sorted(NATIVE.iterdir()))
@@ -43,8 +48,7 @@ def build(verbose: bool = False) -> Path:
         import pybind11
     except ImportError:
         raise SystemExit("bench: the roofline probe needs pybind11 (`make bench` installs it)") from None
-    beside = Path(sys.executable).parent / "cmake"
-    cmake = str(beside) if beside.exists() else shutil.which("cmake")
+    cmake = find_cmake()
     if cmake is None:
         raise SystemExit("bench: the roofline probe needs cmake (`make bench` installs it)")
     print("bench: building the roofline probe for this machine (once)", file=sys.stderr, flush=True)
