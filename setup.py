@@ -65,21 +65,19 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={os.environ.get('CMAKE_BUILD_TYPE', 'Release')}",
             # Always said again: the environment that pip builds in is gone next time, and with it a path in the cache.
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            f"-DPython_EXECUTABLE={sys.executable}",
             f"-DKVKERNELS_TORCH_DIR={torch_dir()}",
             f"-DKVKERNELS_CUDA={os.environ.get('KVKERNELS_CUDA', 'auto')}",
         ]
-        if nvcc():
-            args.append(f"-DCMAKE_CUDA_COMPILER={nvcc()}")
         if archs := os.environ.get("KVKERNELS_CUDA_ARCHS"):
             args.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        environment = {**os.environ, **({"CUDACXX": found} if (found := nvcc()) else {})}
         for command in (
-            [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", "--log-level=NOTICE", "--no-warn-unused-cli", *args],
+            [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", "--log-level=NOTICE", *args],
             [cmake, "--build", str(tree), "-j", jobs],
         ):
-            if subprocess.run(command).returncode:
+            if subprocess.run(command, env=environment).returncode:
                 sys.exit(f"kvkernels: failed: {shlex.join(command)}")
         # One tree serves the checkout and the wheel, so the library is copied to where it is wanted.
         package.mkdir(parents=True, exist_ok=True)
