@@ -135,9 +135,10 @@ def reference(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     split_tokens: int | None = None,
+    return_lse: bool = False,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """out and lse in `dtype`. Every length and page id is checked."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out, or out and lse, in `dtype`. Every length and page id is checked; split_tokens changes nothing."""
     queries = q.to(dtype) if q.dim() == 4 else q.to(dtype).unsqueeze(1)
     B, Tq, Hq, D = queries.shape
     group = Hq // kv.num_kv_heads
@@ -149,9 +150,9 @@ def reference(
         for i in range(Tq):
             position = length - Tq + i
             begin = max(0, position - window[0]) if window[0] >= 0 else 0
+            end = max(begin, position + 1)  # a query before the first token sees nothing
             for h in range(Hq):
-                keys = k[begin - first : position + 1 - first, h // group]
-                values = v[begin - first : position + 1 - first, h // group]
+                keys, values = (x[begin - first : end - first, h // group] for x in (k, v))
                 scores = scale * (keys @ queries[b, i, h])
                 if softcap > 0:
                     scores = softcap * torch.tanh(scores / softcap)
@@ -164,7 +165,9 @@ def reference(
                     continue
                 lse[b, i, h] = torch.logsumexp(scores, 0)
                 out[b, i, h] = torch.softmax(scores, 0)[: len(values)] @ values
-    return (out, lse) if q.dim() == 4 else (out.squeeze(1), lse.squeeze(1))
+    if q.dim() == 3:
+        out, lse = out.squeeze(1), lse.squeeze(1)
+    return (out, lse) if return_lse else out
 
 
 def _visible(
@@ -275,6 +278,7 @@ def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str
     else:
         q = _reference.randn(shape, gen, dtype)
     options: dict[str, Any] = {k: case[k] for k in ("scale", "softcap", "split_tokens") if k in case}
+    options["return_lse"] = True
     if left >= 0:
         options["window"] = (left, 0)
     if case.get("sinks"):

@@ -1,0 +1,64 @@
+"""What all tests share: poisoned memory, thread counts, and the rule by which a kernel passes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and torch.empty_like give NaN (integers: all ones), so that a row a kernel forgot to write shows."""
+    real = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            t = allocate(*args, **kwargs)
+            if type(t) is Tensor and t.device.type == "cpu":  # not the fake tensors of a compiler
+                with torch.no_grad():
+                    t.fill_(float("nan") if t.is_floating_point() else -1 if t.dtype.is_signed else 255)
+            return t
+
+        return wrapper
+
+    for name, allocate in real.items():
+        setattr(torch, name, poisoned(allocate))
+    yield
+    for name, allocate in real.items():
+        setattr(torch, name, allocate)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    """Largest difference. NaN and Inf must stand in the same places."""
+    x, exact = x.double(), exact.double()
+    assert x.shape == exact.shape
+    finite = exact.isfinite()
+    torch.testing.assert_close(x.where(~finite, 0.0), exact.where(~finite, 0.0), equal_nan=True, rtol=0, atol=0)
+    assert x[finite].isfinite().all(), "NaN or Inf where the reference has a number"
+    return (x - exact).where(finite, 0.0).abs().max().item() if x.numel() else 0.0
+
+
+def assert_as_good_as(kernel: Tensor, plain: Tensor, exact: Tensor, what: str = "result") -> None:
+    """error(kernel) <= 2 * error(plain PyTorch in the same dtype) + tiny, both against float64."""
+    finite = exact[exact.isfinite()].abs()
+    scale = finite.max().item() if finite.numel() else 0.0
+    tiny = (1e-14 if kernel.dtype == torch.float64 else 1e-6) * max(scale, 1.0)
+    got, bound = error(kernel, exact), 2 * error(plain, exact) + tiny
+    assert got <= bound, f"{what}: error {got:.3g}, plain PyTorch allows {bound:.3g}, values up to {scale:.3g}"
+
+
+def tensors_of(x: Any) -> list[Tensor]:
+    """All tensors in nested tuples, in order."""
+    if isinstance(x, Tensor):
+        return [x]
+    return [t for part in x for t in tensors_of(part)] if isinstance(x, (tuple, list)) else []

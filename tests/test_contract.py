@@ -1,0 +1,273 @@
+"""What every op promises, over all ops and all their cases: right against the reference, poison left alone, the same
+bits for any thread count, usable by torch.compile. A new op is tested by being in kvkernels/ops."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_as_good_as, tensors_of
+
+import kvkernels as kk
+from kvkernels.ops import OPS, _reference
+
+Case = dict[str, Any]
+CASES = [(name, case) for name, op in OPS.items() for case in op.cases()]
+
+
+def label(name: str, case: Case) -> str:
+    """The op and what the case does not share with the op's first case."""
+    first = OPS[name].cases()[0]
+    own = {k: v for k, v in case.items() if first.get(k) != v}
+    return "-".join([name, *(f"{k}={v}".replace(" ", "").replace("'", "") for k, v in own.items())])
+
+
+def as_tuple(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else () if x is None else (x,)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=[label(*c) for c in CASES])
+def test_matches_reference(name: str, case: Case, threads: Callable[[int], None]) -> None:
+    op, function = OPS[name], getattr(kk, name)
+    args, kwargs = op.make(case)
+    exact = as_tuple(op.reference(*args, **{**kwargs, "dtype": torch.float64}))  # may write into its args
+    written = tensors_of(args)
+    for n in (1, 2):
+        threads(n)
+        args, kwargs = op.make(case)
+        got = as_tuple(function(*args, **kwargs))
+        assert len(got) == len(exact)
+        if got:
+            fresh, kwargs = op.make(case)
+            plain = as_tuple(op.reference(*fresh, **{**kwargs, "dtype": got[0].dtype}))
+        for i, result in enumerate(got):
+            assert_as_good_as(result, plain[i], exact[i], f"result {i} with {n} threads")
+        for mine, truth in zip(tensors_of(args), written):
+            # bytes, ids, and arguments that are only read
+            torch.testing.assert_close(mine, truth, rtol=0, atol=0, equal_nan=True)
+
+
+SPLIT = [
+    {"formats": ("u2",), "Tq": 1},
+    {"formats": ("bf16",), "Tq": 1},
+    {"formats": ("bf16", "u2", "u4"), "Tq": 3, "window": 500},
+    {"formats": ("kivi2", "u3/u2"), "Tq": 2, "softcap": 9.0, "sinks": True, "alibi": 2},
+    {"formats": ("f16 NHD",), "Tq": 1, "dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("split_tokens", [16, 128, 1 << 20])
+@pytest.mark.parametrize("case", SPLIT, ids=[label("quant_attention", c) for c in SPLIT])
+def test_bits_do_not_depend_on_threads_or_company(
+    case: Case, split_tokens: int, threads: Callable[[int], None]
+) -> None:
+    full = {"Hq": 8, "Hkv": 2, "D": 128, "page_size": 32, "lens": (700, 33, 0, 1, 1500), "dtype": "float32", **case}
+    (q, kv, table, lens), options = OPS["quant_attention"].make(full)
+    options["split_tokens"] = split_tokens
+    threads(1)
+    out, lse = kk.quant_attention(q, kv, table, lens, **options)
+    threads(2)
+    for rows in (slice(0, 5), *(slice(i, i + 1) for i in range(5)), slice(1, 4)):
+        some = dict(options)
+        if case.get("alibi") == 2:
+            some["alibi_slopes"] = options["alibi_slopes"][rows]
+        part, part_lse = kk.quant_attention(q[rows], kv, table[rows], lens[rows], **some)
+        assert torch.equal(part, out[rows])
+        assert torch.equal(part_lse, lse[rows])
+
+
+def test_out_and_lse_options() -> None:
+    case = {
+        "Tq": 2,
+        "Hq": 4,
+        "Hkv": 2,
+        "D": 64,
+        "page_size": 16,
+        "lens": (40, 3),
+        "dtype": "float16",
+        "formats": ("u4",),
+    }
+    args, options = OPS["quant_attention"].make(case)
+    out, lse = kk.quant_attention(*args, **options)
+    assert lse.dtype == torch.float32
+    assert lse.shape == (2, 2, 4)
+    assert torch.equal(kk.quant_attention(*args), out)
+    wide = torch.full((2, 2, 4, 100), 7.0, dtype=torch.float16)
+    given = wide[..., 20:84]
+    assert kk.quant_attention(*args, out=given) is given
+    assert torch.equal(given, out)
+    assert (wide[..., :20] == 7).all()
+    assert (wide[..., 84:] == 7).all()
+
+
+def test_records_and_caches_agree() -> None:
+    """The same bf16 numbers as a page record, as NHD and as HND caches: the same result from each."""
+    gen = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(5, 2, 32, 64, generator=gen).bfloat16() for _ in range(2))
+    record = torch.stack((k, v), 2).flatten(2).view(torch.uint8)
+    bf16 = kk.format("bf16")
+    pools: list[Any] = [record, (k, v), tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))]
+    table, lens = torch.tensor([[3, 0, 4]], dtype=torch.int32), torch.tensor([77], dtype=torch.int32)
+    q = torch.randn(1, 4, 64, generator=gen)
+    results = [kk.quant_attention(q, kk.PagedKV((p,), (bf16,), 32), table, lens) for p in pools]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_one_pool_in_two_halves_merges_to_the_whole() -> None:
+    case = {"Tq": 1, "Hq": 4, "Hkv": 2, "D": 128, "page_size": 16, "lens": (96, 160), "dtype": "float32",
+            "formats": ("u2",), "transform": True}  # fmt: skip
+    (q, kv, table, lens), options = OPS["quant_attention"].make(case)
+    out, lse = kk.quant_attention(q, kv, table, lens, **options)
+    head = torch.tensor([48, 32], dtype=torch.int32)
+    first = kk.quant_attention(q, kv, table, head, return_lse=True)
+    rest = torch.stack([table[0].roll(-3), table[1].roll(-2)])
+    second = kk.quant_attention(q, kv, rest, lens - head, return_lse=True)
+    merged = kk.merge_states([first[0], second[0]], [first[1], second[1]])
+    torch.testing.assert_close(merged[0], out, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(merged[1], lse, rtol=1e-5, atol=1e-5)
+
+
+def one_case(name: str) -> list[Case]:
+    """A plain case and the richest one."""
+    cases = [
+        c for c in OPS[name].cases() if 0 not in (c.get("T"), c.get("N"), c.get("S")) and 0 not in c.get("rows", ())
+    ]
+    return [cases[0], max(cases, key=len)]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("rich", [0, 1])
+def test_opcheck(name: str, rich: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS[name]
+    args, kwargs = op.make(one_case(name)[rich])
+    calls: list[tuple[Any, ...]] = []
+    real = op._op
+
+    def record(*flat: Any) -> Any:
+        calls.append(flat)
+        return real(*flat)
+
+    monkeypatch.setattr(op, "_op", record)
+    getattr(kk, name)(*args, **kwargs)
+    torch.library.opcheck(real, calls[0])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_whole(name: str) -> None:
+    torch.compiler.reset()  # the ops share the code of `step`, and with it the limit on recompiles
+    function = getattr(kk, name)
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        return None if result is None else tuple(2 * r for r in as_tuple(result))
+
+    compiled = torch.compile(step, fullgraph=True, backend="inductor" if name == "quant_attention" else "aot_eager")
+    for case in one_case(name):
+        args, kwargs = OPS[name].make(case)
+        eager = as_tuple(step(*args, **kwargs))
+        written = tensors_of(args)
+        args, kwargs = OPS[name].make(case)
+        with torch.no_grad():
+            got = as_tuple(compiled(*args, **kwargs))
+        for mine, truth in zip((*got, *tensors_of(args)), (*eager, *written)):
+            torch.testing.assert_close(mine, truth, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.once
+def test_compiled_sizes_do_not_recompile_each_time() -> None:
+    """A decode loop: batch, lengths and table widths change, two graphs (static, dynamic) must serve."""
+    torch.compiler.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *args: kk.quant_attention(*args), fullgraph=True, backend=graphs)
+    for B in (2, 3, 4, 5):
+        case = {"Tq": 1, "Hq": 4, "Hkv": 2, "D": 64, "page_size": 16, "lens": (40 + 16 * B,) * B, "dtype": "float32",
+                "formats": ("u2",)}  # fmt: skip
+        args, _ = OPS["quant_attention"].make(case)
+        args = (args[0], _fixed_size(args[1], 64), *args[2:])
+        torch.testing.assert_close(compiled(*args), kk.quant_attention(*args))
+    assert graphs.frame_count <= 2
+
+
+def _fixed_size(kv: kk.PagedKV, pages: int) -> kk.PagedKV:
+    pool = kv.pools[0]
+    assert isinstance(pool, torch.Tensor)
+    return kv._replace(pools=(torch.cat([pool, pool.new_zeros(pages - len(pool), *pool.shape[1:])]),))
+
+
+def test_fwht_gradient() -> None:
+    for n in (8, 12, 40):
+        x = torch.randn(3, 2, n, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x: kk.fwht(x, 0.5), (x,))
+    x = torch.randn(4, 64, requires_grad=True)
+    kk.fwht(x).sum().backward()  # the gradient arrives expanded, without a stride
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, kk.fwht(torch.ones(4, 64)))
+
+
+def test_fwht_twice_is_identity() -> None:
+    x = torch.randn(5, 96)
+    torch.testing.assert_close(kk.fwht(kk.fwht(x)), x)
+
+
+def test_cost_counts_something() -> None:
+    for name, case in CASES:
+        moved, flops = OPS[name].cost(case)
+        assert moved >= 0, label(name, case)
+        assert flops >= 0, label(name, case)
+
+
+@pytest.mark.once
+def test_page_bytes_agree() -> None:
+    """The C++ size of a page is the Python one, for every pair of formats."""
+    for k in kk.formats():
+        for v in kk.formats():
+            fmt = kk.format(k.k, v.v)
+            for head_dim in (64, 128, 256):
+                for page_size in (16, 48, 256):
+                    got = torch.ops.kvkernels.page_bytes(k.code & 255, v.code & 255, page_size, head_dim)
+                    assert got == fmt.page_bytes(page_size, head_dim), (fmt.name, head_dim, page_size)
+
+
+def test_references_refuse_what_release_kernels_may_not_see() -> None:
+    case = {"Tq": 1, "Hq": 2, "Hkv": 1, "D": 64, "page_size": 16, "lens": (40,), "dtype": "float32", "formats": ("u2",)}
+    (q, kv, table, lens), _ = OPS["quant_attention"].make(case)
+    reference = OPS["quant_attention"].reference
+    with pytest.raises(ValueError, match=r"seq_lens\[0\] = -1 is negative"):
+        reference(q, kv, table, lens * 0 - 1)
+    with pytest.raises(ValueError, match="page_table is too narrow"):
+        reference(q, kv, table[:, :1], lens)
+    for entry, message in (
+        (5 << 28, "means pool 5, but there are 1"),
+        (77, "means page 77 of pool 0"),
+        (-4, "means pool"),
+    ):
+        bad = table.clone()
+        bad[0, 1] = entry
+        with pytest.raises(ValueError, match=message):
+            reference(q, kv, bad, lens)
+    with pytest.raises(ValueError, match=r"slots\[0\] = 100000, but pool 0 has"):
+        OPS["read_kv"].reference(kv, 0, torch.tensor([100000]))
+    assert _reference.num_pages(kv, 0) < 77
+
+
+@pytest.mark.once
+def test_info() -> None:
+    info = kk.info()
+    assert set(info["ops"]) == set(OPS)
+    assert all("cpu" in op["backends"] for op in info["ops"].values())
+    assert info["isa"] in info["isas"]
+    assert info["formats"]["u2"]["bits_per_element"] == 2.125
+    text = str(info)
+    assert all(name in text for name in (*OPS, *info["formats"]))
+
+
+@pytest.mark.once
+def test_formats_is_a_function_beside_a_package() -> None:
+    import kvkernels.formats.u4  # noqa: F401  must not turn kk.formats into the package
+    from kvkernels.formats import u2
+
+    assert u2.NAME == "u2"
+    assert kk.formats()[0] == kk.format("bf16")
