@@ -1,0 +1,298 @@
+"""KVCache: every page is where it belongs and holds what was appended, sequences do not disturb one another."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvkernels as kk
+from kvkernels.formats import decode_page, encode_page
+from kvkernels.kv_cache import NO_PAGE, PACKED, WINDOW
+from kvkernels.paged_kv import FORMAT_OF_DTYPE, PAGE_BITS, PAGE_MASK
+
+HEADS, HEAD_DIM = 2, 64
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """The checks are many small PyTorch ops, slower on more threads; test_contract.py varies the count."""
+    threads(1)
+
+
+class Model:
+    """A cache, and beside it all that was appended to each sequence."""
+
+    def __init__(self, batch: int, format: str = "u2", **options):
+        self.cache = kk.KVCache(batch, HEADS, HEAD_DIM, format, **options)
+        self.gen = torch.Generator().manual_seed(batch)
+        self.k = [torch.zeros(0, HEADS, HEAD_DIM)] * batch
+        self.v = list(self.k)
+
+    def append(self, tokens: int, lengths: list[int] | None = None) -> None:
+        k, v = torch.randn(2, len(self.k), tokens, HEADS, HEAD_DIM, generator=self.gen)
+        if tokens == 1 and lengths is None:
+            self.cache.append(k[:, 0], v[:, 0])
+        else:
+            self.cache.append(k, v, lengths)
+        for row, n in enumerate(lengths or [tokens] * len(self.k)):
+            self.k[row], self.v[row] = torch.cat([self.k[row], k[row, :n]]), torch.cat([self.v[row], v[row, :n]])
+
+    def fork(self, src: list[int]) -> None:
+        self.cache.fork(src)
+        self.k, self.v = [self.k[i] for i in src], [self.v[i] for i in src]
+
+    def reset(self, rows: list[int]) -> None:
+        self.cache.reset(rows)
+        for row in rows:
+            self.k[row], self.v[row] = self.k[row][:0], self.v[row][:0]
+
+    def expected(self, row: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Of each page the pool, and keys and values [Hkv, tokens, D] as attention should see them."""
+        cache, size = self.cache, self.cache.page_size
+        window = kk.format(FORMAT_OF_DTYPE[cache.dtype])
+        pages = []
+        for first in range(0, len(self.k[row]), size):
+            k, v = (x[row][first : first + size].to(cache.dtype).float().transpose(0, 1) for x in (self.k, self.v))
+            old = first >= cache.sink_tokens and first + size <= len(self.k[row]) - cache.recent_tokens
+            pool = PACKED if old and cache.format != window else WINDOW
+            if pool == PACKED:
+                data = encode_page(cache.format, k, v, cache.transform)
+                k, v = decode_page(cache.format, data, size, HEAD_DIM, cache.transform)
+            pages.append((pool, k, v))
+        return pages
+
+    def check(self) -> None:
+        cache, size = self.cache, self.cache.page_size
+        assert cache.seq_lens.tolist() == [len(k) for k in self.k]
+        users: Counter[int] = Counter()
+        for row in range(len(self.k)):
+            for place, (pool, k, v) in enumerate(self.expected(row)):
+                entry = int(cache.page_table[row, place])
+                users[entry] += 1
+                assert entry >> PAGE_BITS == pool, f"sequence {row}, place {place} of {len(self.k[row])} tokens"
+                page = cache.kv.pools[pool][entry & PAGE_MASK]
+                got = decode_page(cache.kv.formats[pool], page, size, HEAD_DIM, cache.transform)
+                for x, expected in zip(got, (k, v)):
+                    assert torch.equal(x[:, : expected.shape[1]], expected), f"sequence {row}, place {place}"
+        for number, pool in enumerate(cache._pools):
+            assert pool.users == [users[number << PAGE_BITS | page] for page in range(len(pool.users))]
+            assert sorted(pool.free) == [page for page, n in enumerate(pool.users) if n == 0]
+        in_use = sum(cache.kv.pools[e >> PAGE_BITS][0].nbytes for e in users)
+        assert cache.nbytes == in_use <= cache.reserved_nbytes == cache.kv.nbytes
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Softmax attention in float64 over the decoded pages."""
+        out = torch.zeros(q.shape, dtype=torch.float64)
+        for row in range(len(self.k)):
+            pages = self.expected(row)
+            if not pages:
+                continue
+            k, v = (torch.cat([page[side] for page in pages], 1).double() for side in (1, 2))
+            group = q.shape[1] // HEADS
+            scores = torch.einsum("hgd,htd->hgt", q[row].double().unflatten(0, (HEADS, group)), k) / math.sqrt(HEAD_DIM)
+            out[row] = (torch.softmax(scores, -1) @ v).flatten(0, 1)
+        return out
+
+
+def transform() -> kk.KVTransform:
+    centre, spread = torch.randn(2, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(7))
+    return kk.KVTransform(centre, torch.exp(0.5 * spread))
+
+
+@pytest.mark.parametrize("format", [f.name for f in kk.formats()] + ["u3/u2", "kivi2/bf16"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_history(format: str, seed: int) -> None:
+    """Prompts, single tokens, resets and forks in random order; after each step every page is as it must be."""
+    rng = random.Random(f"{format} {seed}")
+    model = Model(
+        rng.choice([1, 3]),
+        format,
+        page_size=rng.choice([16, 32]),
+        sink_tokens=rng.choice([0, 5, 16, 40]),
+        recent_tokens=rng.choice([0, 7, 32, 50]),
+        max_tokens=rng.choice([None, 1000]),
+        dtype=rng.choice([torch.bfloat16, torch.float16]),
+        transform=rng.choice([None, transform()]),
+    )
+    reserved = model.cache.reserved_nbytes
+    for _ in range(14):
+        batch = len(model.k)
+        step = rng.choice(["token", "token", "prompt", "prompt", "fork", "reset"])
+        if step == "token":
+            for _ in range(rng.choice([1, 9])):
+                model.append(1)
+        elif step == "prompt":
+            tokens = rng.choice([3, 20, 130])
+            model.append(tokens, [rng.randint(0, tokens) for _ in range(batch)])
+        elif step == "fork":
+            model.fork([rng.randrange(batch) for _ in range(batch)])
+        else:
+            model.reset([rng.randrange(batch)])
+        model.check()
+    if model.cache.max_tokens is not None:
+        assert model.cache.reserved_nbytes == reserved
+
+
+@pytest.mark.parametrize("format", ["u2", "kivi2", "bf16", "u4/u2"])
+def test_attend_is_attention_over_what_was_appended(format: str) -> None:
+    model = Model(3, format, page_size=16, sink_tokens=16, recent_tokens=32, transform=transform())
+    q = torch.randn(3, 3 * HEADS, HEAD_DIM, generator=model.gen)
+    assert torch.equal(model.cache.attend(q), torch.zeros_like(q))
+    model.append(200, [200, 0, 77])
+    for _ in range(3):
+        model.append(1)
+        torch.testing.assert_close(model.cache.attend(q).double(), model.attend(q), rtol=0, atol=2e-4)
+    out, lse = model.cache.attend(q, return_lse=True)
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:2]
+    several = model.cache.attend(torch.stack([q, q], 1))
+    torch.testing.assert_close(several[:, 1], out, rtol=0, atol=1e-5)
+
+
+def test_bytes_do_not_depend_on_how_a_text_was_cut() -> None:
+    k, v = torch.randn(2, 1, 300, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    pages = []
+    for step in (300, 1, 7, 100):
+        cache = kk.KVCache(1, HEADS, HEAD_DIM, "u2", page_size=16, sink_tokens=20, recent_tokens=40)
+        for i in range(0, 300, step):
+            cache.append(k[:, i : i + step], v[:, i : i + step])
+        entries = [int(e) for e in cache.page_table[0, : -(-300 // 16)]]
+        pages.append([cache.kv.pools[e >> PAGE_BITS][e & PAGE_MASK] for e in entries[:-1]])
+    for other in pages[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(pages[0], other))
+
+
+def test_layout_and_dtype_of_what_is_appended_do_not_matter() -> None:
+    k, v = torch.randn(2, 2, 100, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q = torch.randn(2, 4, HEAD_DIM)
+    outs = []
+    for change in (
+        lambda x: x,
+        lambda x: x.float(),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        cache = kk.KVCache(2, HEADS, HEAD_DIM, "u2", page_size=16, sink_tokens=0, recent_tokens=16)
+        cache.append(change(k), change(v), torch.tensor([100, 50]))
+        outs.append(cache.attend(q))
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+
+
+def test_fork_shares_full_pages_and_copies_only_the_last() -> None:
+    model = Model(1, "u2", page_size=16, sink_tokens=16, recent_tokens=32)
+    model.append(200)  # 12 full pages, one of 8 tokens
+    pages = [p.used for p in model.cache._pools]
+    model.fork([0, 0, 0])
+    assert [p.used for p in model.cache._pools] == pages
+    model.check()
+    model.append(1)
+    model.check()
+    assert [p.used for p in model.cache._pools] == [pages[0] + 2, pages[1]]  # the last of the three keeps the page
+    for _ in range(4):
+        for _ in range(10):
+            model.append(1)
+        model.check()
+    # Three places left the window since: two are still shared, in the third the sequences part.
+    assert model.cache._pools[PACKED].used == pages[1] + 2 + 3
+    model.fork([2, 2, 1])
+    model.append(5)
+    model.check()
+
+
+def test_the_window_pool_holds_no_more_than_the_windows() -> None:
+    """However the text comes: 16-bit pages are sinks, recent tokens, one just begun and one about to be packed."""
+    for format in ("u2", "kivi2"):
+        for steps in ([1000], [1] * 300, [90] * 10, [500, *[1] * 50, 400]):
+            cache = kk.KVCache(2, HEADS, HEAD_DIM, format, page_size=16, sink_tokens=16, recent_tokens=64)
+            for n in steps:
+                x = torch.zeros(2, n, HEADS, HEAD_DIM)
+                cache.append(x, x)
+            assert cache.kv.pools[WINDOW].shape[0] <= 2 * (1 + 4 + 2)
+
+
+def test_max_tokens_takes_all_memory_at_once() -> None:
+    cache = kk.KVCache(2, HEADS, HEAD_DIM, "u2", page_size=16, sink_tokens=16, recent_tokens=32, max_tokens=333)
+    where = [pool.data_ptr() for pool in cache.kv.pools]
+    table = cache.page_table.data_ptr()
+    x = torch.zeros(2, 111, HEADS, HEAD_DIM)
+    for _ in range(3):
+        cache.append(x, x)
+    assert [pool.data_ptr() for pool in cache.kv.pools] == where
+    assert cache.page_table.data_ptr() == table
+    with pytest.raises(ValueError, match="sequence 0 would have 334 tokens; max_tokens is 333"):
+        cache.append(x[:, 0], x[:, 0])
+    assert cache.seq_lens.tolist() == [333, 333]
+
+
+def test_bits_per_element_counts_what_is_there() -> None:
+    """At 32k tokens with the default windows: 2.125 bits, and 16 for the 64 + 256 tokens of the windows."""
+    cache = kk.KVCache(1, 1, 128, "u2")
+    assert math.isnan(cache.bits_per_element)
+    x = torch.zeros(1, 32768, 1, 128, dtype=torch.bfloat16)
+    cache.append(x, x)
+    assert cache.bits_per_element == pytest.approx((2.125 * (32768 - 320) + 16 * 320) / 32768)
+    assert cache.bits_per_element == cache.nbytes * 8 / (2 * 32768 * 128)
+    cache.reset()
+    assert cache.nbytes == 0
+    cache.append(x[:, :1], x[:, :1])
+    assert cache.bits_per_element == 16 * 64  # one token fills a page of 64
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch must be at least 1; got 0"),
+        ({"recent_tokens": -1}, "recent_tokens must be at least 0; got -1"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
+        ({"format": "int9"}, 'unknown format "int9"; known formats: bf16'),
+        ({"page_size": 24}, "page_size must be a multiple of 16"),
+        ({"head_dim": 96}, "head_dim must be one of 64, 128, 256"),
+    ],
+)
+def test_constructor_errors(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kk.KVCache(**{"batch": 1, "num_kv_heads": 2, "head_dim": 64, **options})
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("shape", "v_shape", "lengths", "message"),
+    [
+        ((3, 5, 2, 64), (3, 5, 2, 64), None, "with B = 2, Hkv = 2, D = 64 from the cache; got"),
+        ((2, 5, 2, 64), (2, 4, 2, 64), None, "v must have k's shape"),
+        ((2, 2, 64), (2, 1, 2, 64), None, "k must be"),
+        ((2, 5, 2, 64), (2, 5, 2, 64), [5], "2 numbers from 0 to T = 5; got"),
+        ((2, 5, 2, 64), (2, 5, 2, 64), [5, 6], "2 numbers from 0 to T = 5; got"),
+        ((2, 5, 2, 64), (2, 5, 2, 64), [5, -1], "2 numbers from 0 to T = 5; got"),
+    ],
+)
+def test_append_errors(shape: tuple, v_shape: tuple, lengths: list[int] | None, message: str) -> None:
+    cache = kk.KVCache(2, 2, 64)
+    with pytest.raises(ValueError, match=message):
+        cache.append(torch.zeros(shape), torch.zeros(v_shape), lengths)
+    assert cache.seq_lens.tolist() == [0, 0]
+
+
+@pytest.mark.once
+def test_other_errors() -> None:
+    cache = kk.KVCache(2, 2, 64)
+    x = torch.zeros(2, 2, 64)
+    with pytest.raises(TypeError, match="dtype must be bfloat16 or float16; got"):
+        kk.KVCache(2, 2, 64, dtype=torch.float32)
+    with pytest.raises(TypeError, match="k must be floating point"):
+        cache.append(x.int(), x)
+    with pytest.raises(ValueError, match="k requires grad"):
+        cache.append(x.clone().requires_grad_(), x)
+    with pytest.raises(ValueError, match=r"fork: rows must be 0 to 1; got \[2\]"):
+        cache.fork([2])
+    with pytest.raises(ValueError, match="at least one row"):
+        cache.fork([])
+    with pytest.raises(ValueError, match=r"reset: rows must be 0 to 1; got \[-1\]"):
+        cache.reset([-1])
+    assert not any(NO_PAGE in row for row in cache._rows)
