@@ -13,7 +13,6 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -109,7 +108,7 @@ def main() -> None:
     lines = []
     for count in threads:
         rates = [limits.sample(count) for _ in range(3 if args.quick else 7)]
-        lines.append(report.limits_line(count, {key: median(r[key] for r in rates) for key in rates[0]}))
+        lines.append(report.limits_line(count, {key: max(r[key] for r in rates) for key in rates[0]}))
     command = " ".join(["python -m bench", *args.ops, "--threads", args.threads, *(["--quick"] if args.quick else [])])
     say(*report.header(command, isa)[:3], "", *lines)
     results = measure(names, threads, args.quick, limits)

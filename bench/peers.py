@@ -17,6 +17,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.unsqueeze(2), k, v, enable_gqa=True).squeeze(2)
 
 
+def sdpa_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA with the query heads of a KV head as rows of one query: right without a mask, K is read once."""
+    b, hq, d = q.shape
+    hkv = k.shape[1]
+    return F.scaled_dot_product_attention(q.view(b, hkv, hq // hkv, d), k, v).view(b, hq, d)
+
+
 def matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Grouped matmul and softmax: K and V are read once for the heads that share them, the softmax is in fp32."""
     b, hq, d = q.shape

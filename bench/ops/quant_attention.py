@@ -15,7 +15,8 @@ from kvkernels.ops.quant_attention import cost
 FORMATS = ("bf16", "u8", "u4", "u3", "u2", "kivi2")
 SHAPES = ((1, 8192), (1, 32768), (8, 8192), (8, 32768))
 QUICK_SHAPES = ((1, 2048),)
-PEERS = {"sdpa": peers.sdpa, "matmul": peers.matmul}
+BOTH = {"sdpa": peers.sdpa, "matmul": peers.matmul}
+PEERS = {torch.bfloat16: {**BOTH, "sdpa grouped": peers.sdpa_grouped}, torch.float32: BOTH}
 
 
 def races(threads: int, quick: bool) -> Iterator[Race]:
@@ -42,11 +43,12 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         against = ["bf16"]
         flat = [x.transpose(0, 1).expand(batch, -1, -1, -1).contiguous() for x in (k, v)]
         del k, v
-        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for dtype, functions in PEERS.items():
+            short = "bf16" if dtype == torch.bfloat16 else "fp32"
             k_flat, v_flat = (x.to(dtype) for x in flat)
             q_same = q.to(dtype)
             size = 2.0 * k_flat.numel() * k_flat.element_size()
-            for name, function in PEERS.items():
+            for name, function in functions.items():
                 contestants.append(
                     Contestant(
                         f"{name} {short}",
