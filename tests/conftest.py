@@ -30,6 +30,12 @@ def poisoned_memory() -> Iterator[None]:
         setattr(torch, name, allocate)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """References are many small ops, for which the threads of a busy machine only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads, undone after the test."""
