@@ -1,0 +1,377 @@
+# ruff: noqa: E501  a row of a table is a line
+"""Every argument of every op, wrong in every way: one clear error that names the argument, the rule and the value."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvkernels as kk
+
+Args = dict[str, Any]
+
+
+def attention(**change: Any) -> Args:
+    """Arguments of a good call: B 4, Hq 6, Hkv 2, D 128, a u2 pool, a bf16 pool and a pair of caches."""
+    args: Args = {
+        "q": torch.zeros(4, 6, 128),
+        "kv": cache(),
+        "page_table": torch.zeros(4, 3, dtype=torch.int32),
+        "seq_lens": torch.tensor([1, 2, 3, 96], dtype=torch.int32),
+        **change,
+    }
+    return args
+
+
+def cache(**change: Any) -> kk.PagedKV:
+    transform = kk.KVTransform(torch.zeros(2, 128), torch.ones(2, 128))
+    kv = kk.PagedKV.empty(["u2", "bf16"], [5, 4], 2, 128, 32, transform=transform)
+    caches = (torch.zeros(3, 2, 32, 128, dtype=torch.bfloat16), torch.zeros(3, 2, 32, 128, dtype=torch.float16))
+    return kv._replace(
+        **{"pools": (*kv.pools, caches), "formats": (*kv.formats, kk.format("bf16", "f16")), **change}
+    )  # fmt: skip
+
+
+def pools(**change: Any) -> kk.PagedKV:
+    """cache() with one pool changed: pools(u2=...), pools(bf16=...), pools(k=...), pools(v=...)."""
+    u2, bf16, (k, v) = cache().pools
+    return cache(pools=(change.get("u2", u2), change.get("bf16", bf16), (change.get("k", k), change.get("v", v))))
+
+
+def gaps(t: Tensor) -> Tensor:
+    """The same with every second element of a row unused."""
+    return torch.stack((t, t), -1).flatten(-2)[..., ::2]
+
+
+def meta(t: Tensor) -> Tensor:
+    return t.to("meta")
+
+
+U2, BF16, (K, V) = cache().pools
+Q, TABLE, LENS = (attention()[name] for name in ("q", "page_table", "seq_lens"))
+MU, T = cache().transform or (None, None)
+
+ATTENTION: list[tuple[Args, str]] = [
+    # q
+    ({"q": Q.int()}, "q must be float32 or bfloat16 or float16, got int32"),
+    ({"q": Q.double()}, "q must be float32 or bfloat16 or float16, got float64"),
+    ({"q": Q[0]}, "q must be [B, Hq, D] or [B, Tq, Hq, D], got [6, 128]"),
+    ({"q": gaps(Q)}, "q must be contiguous in its last dim, got strides [1536, 256, 2]"),
+    ({"q": Q[..., :96]}, "head_dim must be one of 64, 128, 256, because pool 0 is u2/u2; got 96 from q.size(2)"),
+    ({"q": Q[:, None].expand(4, 17, 6, 128)}, "q must have 1 to 16 tokens per sequence, got Tq = 17 from q.size(1)"),
+    ({"q": Q[:, None][:, :0]}, "q must have 1 to 16 tokens per sequence, got Tq = 0"),
+    ({"q": Q[:, :5]}, "Hq must be a multiple of Hkv; Hq = 5 from q.size(1), Hkv = 2 from pool 0"),
+    ({"q": meta(Q)}, "is on cpu, but q is on meta"),
+    ({"q": torch.zeros(4, 6, 128, requires_grad=True)}, "q requires grad, but the op has no backward"),
+    # kv: pools
+    ({"kv": pools(u2=U2.view(torch.int8))}, "pool 0 must be uint8, got int8"),
+    ({"kv": pools(u2=U2[0])}, "pool 0 must be [num_pages, Hkv, page_bytes], got [2, 2176]"),
+    ({"kv": pools(u2=U2[..., :2112])}, "pool 0: pages of 2112 bytes, but u2/u2 with page_size 32 and head_dim 128 needs 2176"),
+    ({"kv": pools(u2=gaps(U2))}, "pool 0 must be contiguous in its last dim"),
+    ({"kv": pools(u2=meta(U2))}, "is on meta, but q is on cpu"),
+    ({"kv": pools(bf16=BF16[:, :1])}, "pool 1 must be [num_pages, Hkv, page_bytes], got [4, 1, 16384]; Hkv = 2 from pool 0.size(1)"),
+    ({"kv": pools(k=K.half())}, "k_cache of pool 2 must be bfloat16, got float16"),
+    ({"kv": pools(v=V.bfloat16())}, "v_cache of pool 2 must be float16, got bfloat16"),
+    ({"kv": pools(k=K[0])}, "k_cache of pool 2 must be [num_pages, Hkv, page_size, D], got [2, 32, 128]"),
+    ({"kv": pools(v=V[..., :64])}, "v_cache of pool 2 must be [num_pages, Hkv, page_size, D], got [3, 2, 32, 64]; D = 128 from q.size(2)"),
+    ({"kv": pools(k=K[:, :, :16])}, "k_cache of pool 2 must be [num_pages, Hkv, page_size, D], got [3, 2, 16, 128]; page_size = 32"),
+    ({"kv": pools(v=V[:2])}, "v_cache of pool 2 has 2 pages, but k_cache of pool 2 has 3"),
+    ({"kv": pools(k=gaps(K))}, "k_cache of pool 2 must be contiguous in its last dim"),
+    ({"kv": pools(v=meta(V))}, "is on meta, but q is on cpu"),
+    # kv: the rest
+    ({"kv": cache(formats=(kk.format("u4"), *cache().formats[1:]))}, "pool 0: pages of 2176 bytes, but u4/u4 with page_size 32 and head_dim 128 needs 4224"),
+    ({"kv": cache(formats=(*cache().formats[:2], kk.format("u2")))}, "pool 2: two separate caches hold 16-bit formats, not u2/u2"),
+    ({"kv": cache(formats=cache().formats[:2])}, "kv has 3 pools, but 2 formats"),
+    ({"kv": kk.PagedKV((), (), 32)}, "kv needs at least one pool"),
+    ({"kv": kk.PagedKV((U2,) * 9, cache().formats[:1] * 9, 32)}, "kv has 9 pools, but a page table tells at most 8 apart"),
+    ({"kv": cache(page_size=24)}, "page_size must be a multiple of 16, because pool 0 is u2/u2; got 24"),
+    ({"kv": cache(page_size=0)}, "page_size must be a multiple of 16, because pool 0 is u2/u2; got 0"),
+    ({"kv": kk.PagedKV((BF16,), cache().formats[1:2], 0)}, "page_size must be at least 1, got 0"),
+    ({"kv": kk.PagedKV((K[..., :72],), (kk.format("bf16"),), 32), "q": Q[..., :72]}, "head_dim must be one of 64, 80, 96, 112, 128, 192, 256; got 72 from q.size(2)"),
+    # transform
+    ({"kv": cache(transform=(MU.double(), T))}, "centre must be float32, got float64"),
+    ({"kv": cache(transform=(MU, T[:1]))}, "balance must be [Hkv, D], got [1, 128]; Hkv = 2 from pool 0.size(1)"),
+    ({"kv": cache(transform=(MU[:, :64], T))}, "centre must be [Hkv, D], got [2, 64]; D = 128 from q.size(2)"),
+    ({"kv": cache(transform=(MU, gaps(T)))}, "balance must be contiguous in its last dim"),
+    ({"kv": cache(transform=(MU, T.repeat(1, 2)[:, :128]))}, "balance must be contiguous, got strides [256, 1]"),
+    ({"kv": cache(transform=(meta(MU), T))}, "centre is on meta, but q is on cpu"),
+    # page_table
+    ({"page_table": TABLE.long()}, "page_table must be int32, got int64"),
+    ({"page_table": TABLE[0]}, "page_table must be [B, max_pages], got [3]"),
+    ({"page_table": TABLE[:3]}, "page_table must be [B, max_pages], got [3, 3]; B = 4 from q.size(0)"),
+    ({"page_table": gaps(TABLE)}, "page_table must be contiguous in its last dim"),
+    ({"page_table": meta(TABLE)}, "page_table is on meta, but q is on cpu"),
+    ({"page_table": TABLE[:, :2]}, "page_table is too narrow: seq_lens[3] = 96 needs 3 pages of 32 tokens, but page_table.size(1) = 2"),
+    ({"page_table": TABLE + 5}, "page_table[0, 0] means page 5 of pool 0, which has 5 pages"),
+    ({"page_table": TABLE + (3 << 28)}, f"page_table[0, 0] = {3 << 28} means pool 3, but there are 3"),
+    ({"page_table": TABLE - 1}, "page_table[0, 0] = -1 means pool -1, but there are 3"),
+    ({"page_table": TABLE + (2 << 28 | 3)}, "page_table[0, 0] means page 3 of pool 2, which has 3 pages"),
+    # seq_lens
+    ({"seq_lens": LENS.long()}, "seq_lens must be int32, got int64"),
+    ({"seq_lens": LENS[:3]}, "seq_lens must be [B], got [3]; B = 4 from q.size(0)"),
+    ({"seq_lens": LENS[None]}, "seq_lens must be [B], got [1, 4]"),
+    ({"seq_lens": gaps(LENS)}, "seq_lens must be contiguous in its last dim"),
+    ({"seq_lens": meta(LENS)}, "seq_lens is on meta, but q is on cpu"),
+    ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
+    ({"seq_lens": LENS + 1}, "page_table is too narrow: seq_lens[3] = 97 needs 4 pages"),
+    # options
+    ({"scale": float("nan")}, "scale is NaN"),
+    ({"window": (8, 4)}, "window = (8, 4): attention is causal, so right must be -1 or 0"),
+    ({"softcap": -1.0}, "softcap must be positive, or 0 for none; got -1"),
+    ({"softcap": float("nan")}, "softcap must be positive, or 0 for none; got nan"),
+    ({"split_tokens": 24}, "split_tokens must be a positive multiple of 16 (or None), got 24"),
+    ({"split_tokens": -16}, "split_tokens must be a positive multiple of 16 (or None), got -16"),
+    ({"sinks": torch.zeros(6).half()}, "sinks must be float32, got float16"),
+    ({"sinks": torch.zeros(2)}, "sinks must be [Hq], got [2]; Hq = 6 from q.size(1)"),
+    ({"sinks": torch.zeros(1, 6)}, "sinks must be [Hq], got [1, 6]"),
+    ({"sinks": gaps(torch.zeros(6))}, "sinks must be contiguous in its last dim"),
+    ({"sinks": meta(torch.zeros(6))}, "sinks is on meta, but q is on cpu"),
+    ({"sinks": torch.zeros(6, requires_grad=True)}, "sinks requires grad, but the op has no backward"),
+    ({"alibi_slopes": torch.zeros(6).double()}, "alibi_slopes must be float32, got float64"),
+    ({"alibi_slopes": torch.zeros(4)}, "alibi_slopes must be [Hq], got [4]; Hq = 6 from q.size(1)"),
+    ({"alibi_slopes": torch.zeros(3, 6)}, "alibi_slopes must be [B, Hq], got [3, 6]; B = 4 from q.size(0)"),
+    ({"alibi_slopes": torch.zeros(1, 4, 6)}, "alibi_slopes must be [B, Hq], got [1, 4, 6]"),
+    ({"alibi_slopes": gaps(torch.zeros(6))}, "alibi_slopes must be contiguous in its last dim"),
+    ({"alibi_slopes": meta(torch.zeros(6))}, "alibi_slopes is on meta, but q is on cpu"),
+    ({"out": Q.half()}, "out must be float32 like q, got float16"),
+    ({"out": Q.int()}, "out must be float32 or bfloat16 or float16, got int32"),
+    ({"out": Q[:3]}, "out must be [B, Hq, D], got [3, 6, 128]; B = 4 from q.size(0)"),
+    ({"out": gaps(Q)}, "out must be contiguous in its last dim"),
+    ({"out": Q[:1].expand(4, 6, 128)}, "out is written, so its elements must not share memory, got strides [0, 128, 1]"),
+    ({"out": meta(Q)}, "out is on meta, but q is on cpu"),
+]  # fmt: skip
+
+
+def write(**change: Any) -> Args:
+    return {
+        "k": torch.zeros(7, 2, 128),
+        "v": torch.zeros(7, 2, 128),
+        "kv": cache(),
+        "pool": 0,
+        "slots": torch.arange(7),
+        **change,
+    }
+
+
+KEYS, SLOTS = write()["k"], write()["slots"]
+KIVI = kk.PagedKV.empty(["kivi2", "u2"], 5, 2, 128, 32)
+
+WRITE: list[tuple[Args, str]] = [
+    ({"k": KEYS.int()}, "k must be float32 or bfloat16 or float16, got int32"),
+    ({"k": KEYS[0]}, "k must be [T, Hkv, D], got [2, 128]"),
+    ({"k": gaps(KEYS)}, "k must be contiguous in its last dim, got strides [512, 256, 2]"),
+    ({"k": meta(KEYS)}, "is on cpu, but k is on meta"),
+    ({"k": KEYS[:, :, :96], "v": KEYS[:, :, :96]}, "head_dim must be one of 64, 128, 256, because pool is u2/u2; got 96 from k.size(2)"),
+    ({"k": KEYS[:, :1], "v": KEYS[:, :1]}, "pool must be [num_pages, Hkv, page_bytes], got [5, 2, 2176]; Hkv = 1 from k.size(1)"),
+    ({"k": torch.zeros(7, 2, 128, requires_grad=True)}, "k requires grad, but the op has no backward"),
+    ({"v": KEYS.half()}, "v must be float32 like k, got float16"),
+    ({"v": KEYS[:5]}, "v must be [T, Hkv, D], got [5, 2, 128]; T = 7 from k.size(0)"),
+    ({"v": KEYS[:, :1]}, "v must be [T, Hkv, D], got [7, 1, 128]; Hkv = 2 from k.size(1)"),
+    ({"v": gaps(KEYS)}, "v must be contiguous in its last dim"),
+    ({"v": meta(KEYS)}, "v is on meta, but k is on cpu"),
+    ({"v": torch.zeros(7, 2, 128, requires_grad=True)}, "v requires grad, but the op has no backward"),
+    ({"kv": pools(u2=U2.int())}, "pool must be uint8, got int32"),
+    ({"kv": pools(u2=gaps(U2))}, "pool must be contiguous in its last dim"),
+    ({"kv": pools(u2=U2[:1].expand(5, 2, 2176))}, "pool is written, so its elements must not share memory"),
+    ({"kv": cache(page_size=8)}, "page_size must be a multiple of 16, because pool is u2/u2; got 8"),
+    ({"kv": cache(transform=(MU, T.half()))}, "balance must be float32, got float16"),
+    ({"kv": KIVI}, "kivi2 codes the keys of a whole page at once, so they cannot be written token by token; write the tokens to a 16-bit pool and re-encode its full pages with pack_pages"),
+    ({"pool": 2, "kv": pools(k=K.half())}, "k_cache of pool must be bfloat16, got float16"),
+    ({"pool": 2, "kv": pools(v=V[:1].expand(3, 2, 32, 128))}, "v_cache of pool is written, so its elements must not share memory"),
+    ({"pool": 3}, "pool must be in [0, 3), the pools of kv; got 3"),
+    ({"pool": -1}, "pool must be in [0, 3), the pools of kv; got -1"),
+    ({"slots": SLOTS.int()}, "slots must be int64, got int32"),
+    ({"slots": SLOTS[:6]}, "slots must be [T], got [6]; T = 7 from k.size(0)"),
+    ({"slots": SLOTS[None]}, "slots must be [T], got [1, 7]"),
+    ({"slots": gaps(SLOTS)}, "slots must be contiguous in its last dim"),
+    ({"slots": meta(SLOTS)}, "slots is on meta, but k is on cpu"),
+    ({"slots": SLOTS + 155}, "slots[5] = 160, but pool has 5 pages of 32 tokens"),
+]  # fmt: skip
+
+
+def read(**change: Any) -> Args:
+    return {"kv": cache(), "pool": 0, "slots": torch.arange(7), **change}
+
+
+READ: list[tuple[Args, str]] = [
+    ({"kv": pools(u2=U2.int())}, "pool must be uint8, got int32"),
+    ({"kv": pools(u2=U2[..., :100])}, "pages of 100 bytes fit no head_dim"),
+    ({"kv": pools(u2=gaps(U2))}, "pool must be contiguous in its last dim"),
+    ({"kv": cache(page_size=64)}, "pages of 2176 bytes"),
+    ({"kv": cache(transform=(MU[0], T))}, "centre must be [Hkv, D], got [128]"),
+    ({"pool": 1, "kv": pools(bf16=BF16[..., :8192])}, "pool: pages of 8192 bytes, but bf16/bf16 with page_size 32 and head_dim 128 needs 16384"),
+    ({"pool": 2, "kv": pools(k=K.half())}, "k_cache of pool must be bfloat16, got float16"),
+    ({"pool": 2, "kv": pools(k=K.clone().requires_grad_())}, "k_cache requires grad"),
+    ({"pool": 7}, "pool must be in [0, 3), the pools of kv; got 7"),
+    ({"slots": SLOTS.int()}, "slots must be int64, got int32"),
+    ({"slots": SLOTS[None]}, "slots must be [T], got [1, 7]"),
+    ({"slots": gaps(SLOTS)}, "slots must be contiguous in its last dim"),
+    ({"slots": meta(SLOTS)}, "slots is on meta, but pool is on cpu"),
+    ({"slots": SLOTS + 155}, "slots[5] = 160, but pool has 5 pages of 32 tokens"),
+    ({"dtype": torch.float64}, "k must be float32 or bfloat16 or float16, got float64"),
+]  # fmt: skip
+
+
+def pack(**change: Any) -> Args:
+    return {"kv": cache(), "src": 1, "dst": 0, "pairs": torch.tensor([[0, 4], [3, 0]], dtype=torch.int32), **change}
+
+
+PAIRS = pack()["pairs"]
+PACK: list[tuple[Args, str]] = [
+    ({"kv": pools(bf16=BF16.view(torch.int8))}, "src must be uint8, got int8"),
+    ({"kv": pools(bf16=BF16[..., :64])}, "src: pages of 64 bytes, but bf16/bf16 with page_size 32 and head_dim 128 needs 16384"),
+    ({"kv": pools(bf16=BF16[:, :1])}, "dst must be [num_pages, Hkv, page_bytes], got [5, 2, 2176]; Hkv = 1 from src.size(1)"),
+    ({"kv": pools(u2=gaps(U2))}, "dst must be contiguous in its last dim"),
+    ({"kv": pools(u2=U2[:1].expand(5, 2, 2176))}, "dst is written, so its elements must not share memory"),
+    ({"kv": cache(transform=(MU.half(), T))}, "centre must be float32, got float16"),
+    ({"src": 2, "kv": pools(v=V.bfloat16())}, "v_cache of src must be float16, got bfloat16"),
+    ({"dst": 2, "kv": pools(k=K.half())}, "k_cache of dst must be bfloat16, got float16"),
+    ({"dst": 2, "kv": pools(k=K.clone().requires_grad_())}, "dst_k requires grad"),
+    ({"src": 3}, "src must be in [0, 3), the pools of kv; got 3"),
+    ({"dst": -1}, "dst must be in [0, 3), the pools of kv; got -1"),
+    ({"pairs": PAIRS.long()}, "pairs must be int32, got int64"),
+    ({"pairs": PAIRS[0]}, "pairs must be [N, 2], got [2]"),
+    ({"pairs": torch.zeros(2, 3, dtype=torch.int32)}, "pairs must be [N, 2], got [2, 3]"),
+    ({"pairs": gaps(PAIRS)}, "pairs must be contiguous in its last dim"),
+    ({"pairs": torch.zeros(4, 4, dtype=torch.int32)[:, :2]}, "pairs must be contiguous, got strides [4, 1]"),
+    ({"pairs": meta(PAIRS)}, "pairs is on meta, but src is on cpu"),
+    ({"pairs": PAIRS + 1}, "pairs[0, 1] = 5, but dst has 5 pages"),
+    ({"pairs": PAIRS.flip(1)}, "pairs[0, 0] = 4, but src has 4 pages"),
+]  # fmt: skip
+
+
+def merge(**change: Any) -> Args:
+    return {"outs": torch.zeros(3, 4, 6, 64), "lses": torch.zeros(3, 4, 6), **change}
+
+
+OUTS, LSES = merge()["outs"], merge()["lses"]
+MERGE: list[tuple[Args, str]] = [
+    ({"outs": OUTS.double()}, "outs must be float32 or bfloat16 or float16, got float64"),
+    ({"outs": OUTS[0, 0, 0]}, "outs must be [S, ..., D], got [64]"),
+    ({"outs": gaps(OUTS)}, "outs must be contiguous in its last dim"),
+    ({"outs": meta(OUTS)}, "lses is on cpu, but outs is on meta"),
+    ({"outs": torch.zeros(3, 4, 6, 64, requires_grad=True)}, "outs requires grad"),
+    ({"lses": LSES.half()}, "lses must be float32, got float16"),
+    ({"lses": LSES[:2]}, "lses must be outs.shape[:-1] = [3, 4, 6], got [2, 4, 6]"),
+    ({"lses": LSES[..., None]}, "lses must be outs.shape[:-1] = [3, 4, 6], got [3, 4, 6, 1]"),
+    ({"lses": gaps(LSES)}, "lses must be contiguous in its last dim"),
+    ({"lses": meta(LSES)}, "lses is on meta, but outs is on cpu"),
+    ({"lses": torch.zeros(3, 4, 6, requires_grad=True)}, "lses requires grad"),
+]
+
+X = torch.zeros(3, 64)
+FWHT: list[tuple[Args, str]] = [
+    ({"x": X.int()}, "x must be float32 or bfloat16 or float16 or float64, got int32"),
+    ({"x": torch.tensor(1.0)}, "x must have at least one dim, got a scalar"),
+    ({"x": X[:, :36]}, "the last dim of x must be m * 2^k with m one of 1, 12, 20, 28; got [3, 36]"),
+    ({"x": X[:, :6]}, "the last dim of x must be m * 2^k with m one of 1, 12, 20, 28; got [3, 6]"),
+    ({"x": X[:, :0]}, "the last dim of x must be m * 2^k with m one of 1, 12, 20, 28; got [3, 0]"),
+    ({"x": gaps(X)}, "x must be contiguous in its last dim, got strides [128, 2]"),
+]
+
+TABLES: list[tuple[str, Callable[..., Args], list[tuple[Args, str]]]] = [
+    ("quant_attention", attention, ATTENTION),
+    ("write_kv", write, WRITE),
+    ("read_kv", read, READ),
+    ("pack_pages", pack, PACK),
+    ("merge_states", merge, MERGE),
+    ("fwht", lambda **change: {"x": X, **change}, FWHT),
+]
+ROWS = [(op, good, change, message) for op, good, rows in TABLES for change, message in rows]
+
+
+@pytest.mark.parametrize(("op", "good", "rows"), TABLES, ids=[t[0] for t in TABLES])
+def test_the_good_call_is_good(op: str, good: Callable[..., Args], rows: list[tuple[Args, str]]) -> None:
+    getattr(kk, op)(**good())
+    named = {name for change, _ in rows for name in change}
+    assert set(good()) <= named, "an argument without a wrong value"
+
+
+@pytest.mark.parametrize(
+    ("op", "good", "change", "message"), ROWS, ids=[f"{r[0]}-{'+'.join(r[2])}-{r[3][:40]}" for r in ROWS]
+)
+def test_refused(op: str, good: Callable[..., Args], change: Args, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        getattr(kk, op)(**good(**change))
+    # A PagedKV refuses on its own behalf what no op can make sense of.
+    assert str(caught.value).startswith((f"{op}: ", "a pool of"))
+
+
+def test_unknown_formats_list_the_known() -> None:
+    for make in (
+        lambda: kk.format("int9"),
+        lambda: kk.format("u2", "int9"),
+        lambda: kk.PagedKV.empty("int9", 1, 1, 64, 16),
+    ):
+        with pytest.raises(ValueError, match=r'unknown format "int9"; known formats: bf16, f16, u8, u4, u3, u2, kivi2'):
+            make()
+    with pytest.raises(ValueError, match=r"unknown KV format number 99; there are: bf16=0 f16=1 u8=2"):
+        torch.ops.kvkernels.page_bytes(99, 0, 16, 64)
+    with pytest.raises(ValueError, match=r"format code 131072 is not k \| v << 8 \| two_caches << 16"):
+        read_op(format=1 << 17)
+
+
+def read_op(**change: Any) -> None:
+    """The op below the wrapper, which other callers may use."""
+    args: Args = {
+        "pool": U2, "pool_v": None, "format": kk.format("u2").code, "page_size": 32, "head_dim": 128, "slots": SLOTS,
+        "centre": None, "balance": None, "k": torch.zeros(7, 2, 128), "v": torch.zeros(7, 2, 128), **change,
+    }  # fmt: skip
+    torch.ops.kvkernels.read_kv.default(*args.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pool_v": U2}, "pool is one uint8 tensor of records, but a second cache was given"),
+        ({"pool": K, "format": 1 << 16}, "pool is two 16-bit caches, but v_cache of pool was not given"),
+        ({"k": torch.zeros(7, 2, 64)}, "k must be [T, Hkv, D], got [7, 2, 64]; D = 128 from head_dim"),
+        ({"v": torch.zeros(7, 2, 128).half()}, "v must be float32 like k, got float16"),
+        ({"k": torch.zeros(7, 4, 128)[:, :2]}, "k must be contiguous, got strides [512, 128, 1]"),
+        ({"head_dim": 96}, "head_dim must be one of 64, 128, 256, because pool is u2/u2; got 96 from head_dim"),
+    ],
+)
+def test_op_without_wrapper(change: Args, message: str) -> None:
+    read_op()
+    with pytest.raises(ValueError, match="read_kv: " + re.escape(message)):
+        read_op(**change)
+
+
+def test_not_a_tensor() -> None:
+    with pytest.raises(TypeError, match="quant_attention: q must be a tensor, got list"):
+        kk.quant_attention([1.0], cache(), TABLE, LENS)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="quant_attention: kv must be a PagedKV, got tuple"):
+        kk.quant_attention(Q, tuple(cache()), TABLE, LENS)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="fwht: x must be a tensor, got float"):
+        kk.fwht(1.0)  # type: ignore[arg-type]
+
+
+def test_grad_is_refused_in_grad_mode_only() -> None:
+    q = torch.zeros(4, 6, 128, requires_grad=True)
+    with torch.no_grad():
+        assert not kk.quant_attention(**attention(q=q)).requires_grad
+    with torch.inference_mode():
+        kk.quant_attention(**attention(q=q))
+
+
+def test_pages_before_a_window_may_be_gone() -> None:
+    """A page table of a sliding window has holes; only what a query may see is looked at."""
+    table = TABLE.clone()
+    table[3, 0] = -1
+    kk.quant_attention(**attention(page_table=table, window=(40, 0)))
+    with pytest.raises(ValueError, match=re.escape("page_table[3, 0] = -1")):
+        kk.quant_attention(**attention(page_table=table, window=(64, 0)))
+
+
+def test_a_missing_library_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvkernels import _library
+
+    monkeypatch.setenv("KVKERNELS_LIBRARY", "nowhere.so")
+    with pytest.raises(ImportError, match=r"KVKERNELS_LIBRARY=nowhere\.so: no such file"):
+        _library._load()
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(ImportError, match=r"kvkernels needs torch >= 2\.10 \(its stable ABI\); found 2\.9\.1\+cu128"):
+        _library._load()
