@@ -244,6 +244,24 @@ def test_bits_per_element_counts_what_is_there() -> None:
 
 
 @pytest.mark.once
+def test_inference_mode_may_come_and_go() -> None:
+    model = Model(1, "u2", page_size=16, sink_tokens=16, recent_tokens=16)
+    for step in range(8):
+        with torch.inference_mode(step % 2 == 0):
+            if step == 4:
+                model.fork([0, 0])
+            model.append(37)
+            model.append(1)
+            if step == 5:
+                model.reset([0])
+    model.check()
+    with torch.inference_mode():
+        cache = kk.KVCache(2, HEADS, HEAD_DIM, max_tokens=99)
+    x = torch.zeros(2, HEADS, HEAD_DIM)
+    cache.append(x, x)
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "message"),
     [

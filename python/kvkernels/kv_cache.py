@@ -1,6 +1,7 @@
 """A growing cache of one layer: attention sinks and the recent window in 16 bits, everything between them packed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ WINDOW, PACKED = (
     1,
 )  # pools; an entry of the page table is pool << 28 | page, so in the window it is the page's number
 NO_PAGE = -1
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """Tensors made in here outlive the call: those of inference mode could not be written to outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _Pages:
@@ -69,6 +77,7 @@ class KVCache:
     Pages are handed out on the host. Raises ValueError for sizes the format cannot have, as PagedKV.empty does.
     """
 
+    @_lasting()
     def __init__(
         self,
         batch: int,
@@ -161,7 +170,10 @@ class KVCache:
         """
         if k.dim() == 3 and v.dim() == 3:
             k, v = k.unsqueeze(1), v.unsqueeze(1)
-        counts = self._check_append(k, v, lengths)
+        self._append(k, v, self._check_append(k, v, lengths))
+
+    @_lasting()
+    def _append(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
         k, v = (x.to(self.dtype) for x in (k, v))
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
         starts, size = self._lens, self.page_size
@@ -178,6 +190,7 @@ class KVCache:
         self._lens = ends
         self._seq_lens.copy_(torch.tensor(ends, dtype=torch.int32))
 
+    @_lasting()
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Empty these sequences (None: all) and free their pages."""
         for row in self._check_rows("reset", range(len(self._rows)) if rows is None else rows):
@@ -186,6 +199,7 @@ class KVCache:
             self._rows[row], self._lens[row] = [], 0
         self._seq_lens.copy_(torch.tensor(self._lens, dtype=torch.int32))
 
+    @_lasting()
     def fork(self, src_rows: Sequence[int] | Tensor) -> None:
         """Make sequence i a copy of what sequence src_rows[i] is now, for beam search. The batch becomes len(src_rows).
 
