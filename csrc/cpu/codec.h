@@ -7,9 +7,12 @@
 
 KK_BEGIN
 
+// The size of a row function is past what the compiler inlines by itself, and its vectors would go through memory.
+#define KK_INLINE [[gnu::always_inline]] inline
+
 // g(0) .. g(N - 1). With constant indices an array of vectors stays in registers; base has too few of them to gain by it.
 template <int N, typename G>
-inline void each(G&& g) {
+KK_INLINE void each(G&& g) {
 #if defined(__AVX2__)
   if constexpr (N > 0) {
     each<N - 1>(g);
@@ -23,7 +26,7 @@ inline void each(G&& g) {
 // ---- lanes
 
 // a, b = 2W neighbours -> the even ones, the odd ones.
-inline void deinterleave(F& a, F& b) {
+KK_INLINE void deinterleave(F& a, F& b) {
 #if defined(__AVX512F__)
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const F lo = _mm512_permutex2var_ps(a.v, even, b.v);
@@ -41,49 +44,30 @@ inline void deinterleave(F& a, F& b) {
 #endif
 }
 
-// Trade bit `p` of the lane number for the bit that tells a from b: lanes with the bit clear end up in a, the others in b.
+// Three bits of the element number change places: lane bit p -> a or b -> lane bit p + 1 -> lane bit p. Twice, and what lane
+// bit p + 1 held is told by a or b.
 template <int p>
-inline void exchange(F& a, F& b) {
+KK_INLINE void exchange(F& a, F& b) {
   const F x = a, y = b;
 #if defined(__AVX512F__)
   if constexpr (p == 0) {
-    a = _mm512_mask_moveldup_ps(x.v, 0xaaaa, y.v);
-    b = _mm512_mask_movehdup_ps(y.v, 0x5555, x.v);
-  }
-  if constexpr (p == 1) {
-    a = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x.v), _mm512_castps_pd(y.v)));
-    b = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x.v), _mm512_castps_pd(y.v)));
-  }
-  if constexpr (p == 2) {
-    a = _mm512_mask_shuffle_f32x4(x.v, 0xf0f0, y.v, y.v, 0xa0);
-    b = _mm512_mask_shuffle_f32x4(y.v, 0x0f0f, x.v, x.v, 0xf5);
-  }
-  if constexpr (p == 3) {
-    a = _mm512_shuffle_f32x4(x.v, y.v, 0x44);
-    b = _mm512_shuffle_f32x4(x.v, y.v, 0xee);
+    a = _mm512_shuffle_ps(x.v, y.v, 0x88);
+    b = _mm512_shuffle_ps(x.v, y.v, 0xdd);
+  } else {
+    a = _mm512_shuffle_f32x4(x.v, y.v, 0x88);
+    b = _mm512_shuffle_f32x4(x.v, y.v, 0xdd);
   }
 #elif defined(__AVX2__)
   if constexpr (p == 0) {
-    a = _mm256_blend_ps(x.v, _mm256_moveldup_ps(y.v), 0xaa);
-    b = _mm256_blend_ps(_mm256_movehdup_ps(x.v), y.v, 0xaa);
-  }
-  if constexpr (p == 1) {
-    a = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x.v), _mm256_castps_pd(y.v)));
-    b = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x.v), _mm256_castps_pd(y.v)));
-  }
-  if constexpr (p == 2) {
+    a = _mm256_shuffle_ps(x.v, y.v, 0x88);
+    b = _mm256_shuffle_ps(x.v, y.v, 0xdd);
+  } else {  // one lane bit is left
     a = _mm256_permute2f128_ps(x.v, y.v, 0x20);
     b = _mm256_permute2f128_ps(x.v, y.v, 0x31);
   }
 #else
-  if constexpr (p == 0) {
-    a = F::Vec{x.v[0], y.v[0], x.v[2], y.v[2]};
-    b = F::Vec{x.v[1], y.v[1], x.v[3], y.v[3]};
-  }
-  if constexpr (p == 1) {
-    a = F::Vec{x.v[0], x.v[1], y.v[0], y.v[1]};
-    b = F::Vec{x.v[2], x.v[3], y.v[2], y.v[3]};
-  }
+  a = F::Vec{x.v[0], x.v[2], y.v[0], y.v[2]};
+  b = F::Vec{x.v[1], x.v[3], y.v[1], y.v[3]};
 #endif
 }
 
@@ -93,13 +77,13 @@ template <DType T>
 inline constexpr int64_t kElementBytes = T == DType::f32 ? 4 : 2;
 
 template <DType T>
-inline F load(const uint8_t* p) {
+KK_INLINE F load(const uint8_t* p) {
   if constexpr (T == DType::f16) return F::load_f16(reinterpret_cast<const uint16_t*>(p));
   if constexpr (T == DType::bf16) return F::load_bf16(reinterpret_cast<const uint16_t*>(p));
   return F::load(reinterpret_cast<const float*>(p));
 }
 template <DType T>
-inline void store(F x, uint8_t* p) {
+KK_INLINE void store(F x, uint8_t* p) {
   if constexpr (T == DType::f16) return x.store_f16(reinterpret_cast<uint16_t*>(p));
   if constexpr (T == DType::bf16) return x.store_bf16(reinterpret_cast<uint16_t*>(p));
   x.store(reinterpret_cast<float*>(p));
@@ -107,7 +91,7 @@ inline void store(F x, uint8_t* p) {
 
 // Even and odd elements of the 2W at p. The two halves of a 32-bit word are free to tell apart in bf16.
 template <DType T>
-inline void load_split(const uint8_t* p, F& even, F& odd) {
+KK_INLINE void load_split(const uint8_t* p, F& even, F& odd) {
 #if defined(__AVX512F__)
   if constexpr (T == DType::bf16) {
     const __m512i w = _mm512_loadu_si512(p);
@@ -130,23 +114,14 @@ inline void load_split(const uint8_t* p, F& even, F& odd) {
 
 // ---- Walsh-Hadamard
 
-inline void add_sub(F& a, F& b) {
+KK_INLINE void add_sub(F& a, F& b) {
   const F sum = a + b;
   b = a - b;
   a = sum;
 }
 
-template <int p, int Lanes>
-inline void fwht_lanes(F& a, F& b) {
-  if constexpr (p < Lanes) {
-    exchange<p>(a, b);
-    add_sub(a, b);
-    fwht_lanes<p + 1, Lanes>(a, b);
-  }
-}
-
 template <int N, int h>
-inline void fwht_registers(F* v) {
+KK_INLINE void fwht_registers(F* v) {
   if constexpr (h < N) {
     each<N / 2>([&](auto i) {
       const int j = static_cast<int>(i) / h * 2 * h + static_cast<int>(i) % h;
@@ -157,27 +132,64 @@ inline void fwht_registers(F* v) {
 }
 
 // H x for N vectors, pairs of them split into even and odd elements (load_split); the result is in natural order. Stage 1 is
-// a sum across the pair, each exchange brings the next stride there, and after log2 W of them the lanes are in order again:
-// 2 instructions per stage and vector. Stages run from stride 1 upwards, as core/fwht.h has it.
+// a sum across the pair, each exchange brings the next stride there: 2 instructions per stage and vector. Bits of the element
+// number, (a or b) | lane bits downwards, for W = 16:
+//   split 0|4321   exchange<0> 1|4302   2|4310   exchange<2> 3|2410   4|3210
+// Stages run from stride 1 upwards, as core/fwht.h has it.
 template <int N>
-inline void fwht_split(F* v) {
-  constexpr int lane_bits = F::W == 16 ? 4 : F::W == 8 ? 3 : 2;
+KK_INLINE void fwht_split(F* v) {
   each<N / 2>([&](auto i) {
-    add_sub(v[2 * i], v[2 * i + 1]);
-    fwht_lanes<0, lane_bits>(v[2 * i], v[2 * i + 1]);
+    F &a = v[2 * i], &b = v[2 * i + 1];
+    add_sub(a, b);
+    exchange<0>(a, b);
+    add_sub(a, b);
+    exchange<0>(a, b);
+    add_sub(a, b);
+    if constexpr (F::W >= 8) {
+      exchange<2>(a, b);
+      add_sub(a, b);
+    }
+    if constexpr (F::W >= 16) {
+      exchange<2>(a, b);
+      add_sub(a, b);
+    }
   });
   fwht_registers<N, 2>(v);
 }
 
-// Sum of N vectors in the order of core/fwht.h fold_sum; overwrites v.
-template <int N>
-inline float fold_sum(F* v) {
+// N vectors onto one, halves onto halves: what core/fwht.h fold_sum does before the halves get shorter than a vector.
+template <int N, typename Op>
+KK_INLINE F fold(F* v, Op op) {
   if constexpr (N == 1) {
-    return v[0].fold_sum();
+    return v[0];
   } else {
-    each<N / 2>([&](auto i) { v[i] = v[i] + v[i + N / 2]; });
-    return fold_sum<N / 2>(v);
+    each<N / 2>([&](auto i) { v[i] = op(v[i], v[i + N / 2]); });
+    return fold<N / 2>(v, op);
   }
+}
+
+// Rows that are encoded together: one per 128 bits, so that what is computed once per row (sums, roots, quotients) takes one
+// instruction for all of them and no row waits for its own.
+constexpr int kRows = F::W / 4;
+
+// The rest of fold_sum: lanes 4r .. 4r+3 of the result all hold the fold of the lanes of v[r].
+template <typename Op>
+KK_INLINE F fold_rows(const F* v, Op op) {
+#if defined(__AVX512F__)
+  const F ab = op(F(_mm512_shuffle_f32x4(v[0].v, v[1].v, 0x44)), F(_mm512_shuffle_f32x4(v[0].v, v[1].v, 0xee)));
+  const F cd = op(F(_mm512_shuffle_f32x4(v[2].v, v[3].v, 0x44)), F(_mm512_shuffle_f32x4(v[2].v, v[3].v, 0xee)));
+  const F rows = op(F(_mm512_shuffle_f32x4(ab.v, cd.v, 0x88)), F(_mm512_shuffle_f32x4(ab.v, cd.v, 0xdd)));
+  const F twos = op(rows, F(_mm512_permute_ps(rows.v, 0x4e)));
+  return op(twos, F(_mm512_permute_ps(twos.v, 0xb1)));
+#elif defined(__AVX2__)
+  const F rows = op(F(_mm256_permute2f128_ps(v[0].v, v[1].v, 0x20)), F(_mm256_permute2f128_ps(v[0].v, v[1].v, 0x31)));
+  const F twos = op(rows, F(_mm256_permute_ps(rows.v, 0x4e)));
+  return op(twos, F(_mm256_permute_ps(twos.v, 0xb1)));
+#else
+  const F::Vec x = v[0].v;
+  const F twos = op(v[0], F(F::Vec{x[2], x[3], x[0], x[1]}));
+  return op(twos, F(F::Vec{twos.v[1], twos.v[0], twos.v[3], twos.v[2]}));
+#endif
 }
 
 // ---- codes <-> bytes, 4 W codes at a time
@@ -188,9 +200,10 @@ using Bytes = __m512i;
 using Bytes = __m256i;
 #endif
 
-// c[4] in [-2^(B-1), 2^(B-1) - 1/2] -> floor(c) + 2^(B-1), packed into 4 W low_bits / 8 bytes of `low` and (B == 3) 4 W / 8 of `high`.
+// Codes floor(c[4]) clamped to [-2^(B-1), 2^(B-1) - 1], plus 2^(B-1): packed into 4 W low_bits / 8 bytes of `low` and (B == 3)
+// 4 W / 8 of `high`. |c| < 2^31. The packs to bytes saturate, so clamping is free at 8 bits and done on bytes below.
 template <int B>
-inline void pack_codes(const F* c, uint8_t* low, uint8_t* high) {
+KK_INLINE void pack_codes(const F* c, uint8_t* low, uint8_t* high) {
   constexpr int half_levels = 1 << (B - 1);
 #if defined(__AVX512F__)
   constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
@@ -198,8 +211,12 @@ inline void pack_codes(const F* c, uint8_t* low, uint8_t* high) {
   const __m512i cd = _mm512_packs_epi32(_mm512_cvt_roundps_epi32(c[2].v, down), _mm512_cvt_roundps_epi32(c[3].v, down));
   // The packs work inside 128-bit lanes: 32-bit word 4 l + j holds codes 4 l .. 4 l + 3 of c[j].
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const Bytes code =
-      _mm512_add_epi8(_mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)), _mm512_set1_epi8(half_levels));
+  Bytes code = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd));
+  if constexpr (B < 8) {
+    code = _mm512_max_epi8(code, _mm512_set1_epi8(-half_levels));
+    code = _mm512_min_epi8(code, _mm512_set1_epi8(half_levels - 1));
+  }
+  code = _mm512_add_epi8(code, _mm512_set1_epi8(static_cast<char>(half_levels)));
   if constexpr (B == 8) _mm512_storeu_si512(low, code);
   if constexpr (B == 4) {
     const __m512i pairs = _mm512_maddubs_epi16(code, _mm512_set1_epi16(0x1001));  // c0 + 16 c1
@@ -219,8 +236,12 @@ inline void pack_codes(const F* c, uint8_t* low, uint8_t* high) {
   const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(floor(c[0]).v), _mm256_cvtps_epi32(floor(c[1]).v));
   const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(floor(c[2]).v), _mm256_cvtps_epi32(floor(c[3]).v));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i words = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
-  const Bytes code = _mm256_add_epi8(words, _mm256_set1_epi8(static_cast<char>(half_levels)));
+  Bytes code = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+  if constexpr (B < 8) {
+    code = _mm256_max_epi8(code, _mm256_set1_epi8(-half_levels));
+    code = _mm256_min_epi8(code, _mm256_set1_epi8(half_levels - 1));
+  }
+  code = _mm256_add_epi8(code, _mm256_set1_epi8(static_cast<char>(half_levels)));
   if constexpr (B == 8) _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), code);
   if constexpr (B == 4) {
     const __m256i pairs = _mm256_maddubs_epi16(code, _mm256_set1_epi16(0x1001));  // c0 + 16 c1
@@ -241,8 +262,10 @@ inline void pack_codes(const F* c, uint8_t* low, uint8_t* high) {
   }
 #else
   uint8_t code[4 * F::W];
-  for (int i = 0; i < 4 * F::W; ++i)
-    code[i] = static_cast<uint8_t>(static_cast<int>(::floorf(c[i / F::W].v[i % F::W])) + half_levels);
+  for (int i = 0; i < 4 * F::W; ++i) {
+    const float whole = MidRise<B>::clamp_code(::floorf(c[i / F::W].v[i % F::W]));
+    code[i] = static_cast<uint8_t>(static_cast<int>(whole) + half_levels);
+  }
   pack_bits<B == 3 ? 2 : B>(code, 4 * F::W, 0, low);
   if constexpr (B == 3) pack_bits<1>(code, 4 * F::W, 2, high);
 #endif
@@ -250,7 +273,7 @@ inline void pack_codes(const F* c, uint8_t* low, uint8_t* high) {
 
 // The way back: c[4] = 4 W codes, whole numbers in [0, 2^B).
 template <int B>
-inline void unpack_codes(const uint8_t* low, const uint8_t* high, F* c) {
+KK_INLINE void unpack_codes(const uint8_t* low, const uint8_t* high, F* c) {
   alignas(64) uint8_t code[4 * F::W] = {};
 #if defined(__AVX512F__)
   Bytes all;
@@ -300,25 +323,25 @@ inline void unpack_codes(const uint8_t* low, const uint8_t* high, F* c) {
   each<4>([&](auto i) { c[i] = F::load_u8(code + i * F::W); });
 }
 
-// ---- one row of a side
+// ---- rows
 
-// Rows of one token: what stays the same from token to token. Strides in bytes.
-struct Rows {
-  int64_t heads, head_dim;
-  int64_t row_stride;    // from head to head in the tensor
-  int64_t side_stride;   // from head to head in the pool
-  int64_t token_stride;  // from token to token within a 16-bit side
-  int64_t page_size;
-  KeyTransform transform;  // of the first head; null where it does not apply
+struct Row {
+  uint8_t* x;  // in the tensor; encoding only reads it
+  uint8_t* side;
+  int64_t token;
+  KeyTransform transform;  // of this head; null where it does not apply
 };
 
-inline uint16_t half_bits(float x) {
-#if defined(__F16C__)
-  return static_cast<uint16_t>(_cvtss_sh(x, 0));
-#else
-  return float_to_f16(x);
-#endif
-}
+struct SideLayout {
+  int64_t page_size, head_dim;
+  int64_t token_stride;  // bytes from token to token, 16-bit sides
+};
+
+// Row.x -> Row.side, `n` rows of one format, dtype and head_dim.
+using EncodeRows = void (*)(const Row* rows, int64_t n, const SideLayout& at);
+// Row.side -> Row.x in the user's basis: rotation and key transform undone.
+using DecodeRows = void (*)(const Row* rows, int64_t n, const SideLayout& at);
+
 inline float half_value(uint16_t h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h);
@@ -333,68 +356,21 @@ inline uint16_t load_u16(const uint8_t* p) {
 }
 inline void store_u16(uint16_t h, uint8_t* p) { memcpy(p, &h, 2); }
 
-constexpr float kFloatMax = 3.4028235e38f;
-
-// MidRise<B>::encode of N vectors. c receives what pack_codes<B> wants.
-template <int B, int N>
-inline uint16_t encode_group(const F* x, F* c) {
-  using Grid = MidRise<B>;
-  constexpr int n = N * F::W;
-  const F low = F::fill(-Grid::half_levels), high = F::fill(Grid::half_levels - 1.0f), half = F::fill(0.5f);
-  F t[N];
-  each<N>([&](auto i) { t[i] = x[i] * x[i]; });
-  const float sum = fold_sum<N>(t);
-  if (__builtin_expect(!(sum <= kFloatMax), 0)) {  // NaN, Inf, or past 1e19: the definition has the last word
-    float row[n];
-    uint8_t code[n];
-    for (int i = 0; i < N; ++i) x[i].store(row + i * F::W);
-    const uint16_t scale = Grid::encode(row, n, code);
-    for (int i = 0; i < N; ++i) c[i] = F::load_u8(code + i * F::W) - F::fill(Grid::half_levels);
-    return scale;
-  }
-  float base;
-  if constexpr (Grid::from_rms) {
-    base = ::sqrtf(sum * (1.0f / n));
-  } else {
-    F top = F::zero();
-    each<N>([&](auto i) { top = max(top, abs(x[i])); });
-    base = top.fold_max();
-  }
-  float start = base * Grid::start;
-  start = start > kTinyScale ? start : kTinyScale;
-  start = start < kMaxScale ? start : kMaxScale;
-  // clamp(floor(x)) == floor(clamp(x)) for whole bounds
-  const F inv0 = F::fill(1.0f / start);
-  F den = F::zero();
-  each<N>([&](auto i) {
-    const F level = floor(min(max(x[i] * inv0, low), high)) + half;
-    t[i] = x[i] * level;
-    den = fma(level, level, den);  // exact, so fusing changes nothing
-  });
-  float s = fold_sum<N>(t) / den.fold_sum();
-  s = s < kMaxScale ? s : kMaxScale;
-  const uint16_t scale = half_bits(s);
-  s = half_value(scale);
-  const F inv = F::fill(s > 0.0f ? 1.0f / s : 0.0f);
-  each<N>([&](auto i) { c[i] = min(max(x[i] * inv, low), high); });
-  return scale;
-}
-
 // H diag(t) (x - mu), scaled, N vectors in natural order.
 template <DType T, int N>
-inline void load_rotated(const uint8_t* x, const float* centre, const float* balance, F* v) {
+KK_INLINE void load_rotated(const uint8_t* x, const KeyTransform& t, F* v) {
   constexpr int64_t step = 2 * F::W;
   each<N / 2>([&](auto i) { load_split<T>(x + i * step * kElementBytes<T>, v[2 * i], v[2 * i + 1]); });
-  if (centre)
+  if (t.centre)
     each<N / 2>([&](auto i) {
-      F even = F::load(centre + i * step), odd = F::load(centre + i * step + F::W);
+      F even = F::load(t.centre + i * step), odd = F::load(t.centre + i * step + F::W);
       deinterleave(even, odd);
       v[2 * i] = v[2 * i] - even;
       v[2 * i + 1] = v[2 * i + 1] - odd;
     });
-  if (balance)
+  if (t.balance)
     each<N / 2>([&](auto i) {
-      F even = F::load(balance + i * step), odd = F::load(balance + i * step + F::W);
+      F even = F::load(t.balance + i * step), odd = F::load(t.balance + i * step + F::W);
       deinterleave(even, odd);
       v[2 * i] = v[2 * i] * even;
       v[2 * i + 1] = v[2 * i + 1] * odd;
@@ -406,79 +382,139 @@ inline void load_rotated(const uint8_t* x, const float* centre, const float* bal
 
 // The way back. v in natural order, overwritten.
 template <DType T, int N>
-inline void store_unrotated(F* v, const float* centre, const float* balance, uint8_t* x) {
+KK_INLINE void store_unrotated(F* v, const KeyTransform& t, uint8_t* x) {
   each<N / 2>([&](auto i) { deinterleave(v[2 * i], v[2 * i + 1]); });
   fwht_split<N>(v);
   const F scale = F::fill(fwht_scale(N * F::W));
   each<N>([&](auto i) { v[i] = v[i] * scale; });
-  if (balance) each<N>([&](auto i) { v[i] = v[i] / F::load(balance + i * F::W); });
-  if (centre) each<N>([&](auto i) { v[i] = v[i] + F::load(centre + i * F::W); });
+  if (t.balance) each<N>([&](auto i) { v[i] = v[i] / F::load(t.balance + i * F::W); });
+  if (t.centre) each<N>([&](auto i) { v[i] = v[i] + F::load(t.centre + i * F::W); });
   each<N>([&](auto i) { store<T>(v[i], x + i * F::W * kElementBytes<T>); });
 }
 
-// Encodes the rows of all heads of one token; x and side point at the first head.
-using EncodeRows = void (*)(const uint8_t* x, uint8_t* side, int64_t token, const Rows& r);
-// Decodes them: in the user's basis, rotation and key transform undone.
-using DecodeRows = void (*)(const uint8_t* side, int64_t token, uint8_t* x, const Rows& r);
+// floor(y) clamped to the codes, plus 1/2.
+template <int B>
+KK_INLINE F grid_level(F y) {
+  constexpr float top = MidRise<B>::half_levels;
+#if defined(__AVX512F__)  // one instruction clamps both ways, to the float below `top`
+  const F inside = _mm512_range_ps(y.v, _mm512_set1_ps(top * 0.99999994f), 2);
+#else
+  const F inside = min(max(y, F::fill(-top)), F::fill(top - 1.0f));
+#endif
+  return floor(inside) + F::fill(0.5f);
+}
 
 template <typename Fmt, DType T, int D>
 struct TokenRows {  // u8 u4 u3 u2
-  static constexpr int B = Fmt::bits, N = D / F::W, group = D < kScaleGroup ? D : static_cast<int>(kScaleGroup);
-  static constexpr int groups = D / group, per_group = group / F::W;
-  static constexpr int64_t low_bytes = D * Fmt::low_bits / 8;
+  static constexpr int B = Fmt::bits, N = D / F::W, groups = static_cast<int>(Fmt::groups(D)), M = N / groups;
+  using Grid = MidRise<B>;
 
-  static void encode(const uint8_t* x, uint8_t* side, int64_t token, const Rows& r) {
-    const float *centre = r.transform.centre, *balance = r.transform.balance;
-    uint8_t* low = side + token * low_bytes;
-    uint8_t* high = side + Fmt::plane1_offset(r.page_size, D) + token * (D / 8);
-    uint8_t* scales = side + Fmt::scales_offset(r.page_size, D) + token * groups * 2;
-    for (int64_t h = 0; h < r.heads; ++h) {
-      F v[N], c[N];
-      load_rotated<T, N>(x, centre, balance, v);
-      each<groups>(
-          [&](auto g) { store_u16(encode_group<B, per_group>(v + g * per_group, c + g * per_group), scales + g * 2); });
-      each<N / 4>(
-          [&](auto i) { pack_codes<B>(c + i * 4, low + i * (F::W / 2) * Fmt::low_bits, high + i * (F::W / 2)); });
-      x += r.row_stride;
-      low += r.side_stride, high += r.side_stride, scales += r.side_stride;
-      if (centre) centre += D;
-      if (balance) balance += D;
+  static uint8_t* low(const Row& r) { return r.side + r.token * (D * Fmt::low_bits / 8); }
+  static uint8_t* high(const Row& r, const SideLayout& at) {
+    return r.side + Fmt::plane1_offset(at.page_size, D) + r.token * (D / 8);
+  }
+  static uint8_t* scale(const Row& r, const SideLayout& at, int g) {
+    return r.side + Fmt::scales_offset(at.page_size, D) + (r.token * groups + g) * 2;
+  }
+
+  // MidRise::encode, step by step for kRows rows at a time. A short batch repeats its last row.
+  static void encode(const Row* rows, int64_t n, const SideLayout& at) {
+    const auto plus = [](F a, F b) { return a + b; };
+    const auto larger = [](F a, F b) { return max(a, b); };
+    for (int64_t first = 0; first < n; first += kRows) {
+      const auto row = [&](int r) -> const Row& { return rows[first + r < n ? first + r : n - 1]; };
+      alignas(64) float x[kRows][D];
+      F sums[groups][kRows], tops[groups][kRows];
+      for (int r = 0; r < kRows; ++r) {
+        if (first + r + kRows < n) {
+          const uint8_t* next = rows[first + r + kRows].x;
+          for (int64_t i = 0; i < D * kElementBytes<T>; i += 64) __builtin_prefetch(next + i);
+        }
+        F v[N];
+        load_rotated<T, N>(row(r).x, row(r).transform, v);
+        each<N>([&](auto i) { v[i].store(x[r] + i * F::W); });
+        each<groups>([&](auto g) {
+          F t[M];
+          each<M>([&](auto i) { t[i] = v[g * M + i] * v[g * M + i]; });
+          sums[g][r] = fold<M>(t, plus);
+          if constexpr (!Grid::from_rms) {
+            each<M>([&](auto i) { t[i] = abs(v[g * M + i]); });
+            tops[g][r] = fold<M>(t, larger);
+          }
+        });
+      }
+      for (int g = 0; g < groups; ++g) {
+        const F sum = fold_rows(sums[g], plus);
+        if (__builtin_expect(!all_finite(sum * F::fill(1e26f)),
+                             0)) {  // NaN, Inf, or a norm past 1e6, where |c| < 2^31 would end
+          for (int r = 0; r < kRows; ++r) Fmt::encode(Side::K, x[r], row(r).token, 1, row(r).side, at.page_size, D);
+          break;
+        }
+        F base;
+        if constexpr (Grid::from_rms)
+          base = sqrt(sum * F::fill(1.0f / (M * F::W)));
+        else
+          base = fold_rows(tops[g], larger);
+        const F start = min(max(base * F::fill(Grid::start), F::fill(kTinyScale)), F::fill(kMaxScale));
+        alignas(64) float inv[F::W];
+        (F::fill(1.0f) / start).store(inv);
+        F nums[kRows], dens[kRows];
+        for (int r = 0; r < kRows; ++r) {
+          const F inv_r = F::fill(inv[4 * r]);
+          F t[M], den = F::zero();
+          each<M>([&](auto i) {
+            const F v = F::load(x[r] + (g * M + i) * F::W), level = grid_level<B>(v * inv_r);
+            t[i] = v * level;
+            den = fma(level, level, den);  // exact, so fusing changes nothing
+          });
+          nums[r] = fold<M>(t, plus);
+          dens[r] = den;
+        }
+        alignas(64) uint16_t half[F::W];
+        min(fold_rows(nums, plus) / fold_rows(dens, plus), F::fill(kMaxScale)).store_f16(half);
+        const F s = F::load_f16(half);
+        where_positive(s, F::fill(1.0f) / s).store(inv);
+        for (int r = 0; r < kRows; ++r) {
+          store_u16(half[4 * r], scale(row(r), at, g));
+          const F inv_r = F::fill(inv[4 * r]);
+          uint8_t *low_g = low(row(r)) + g * (M * F::W / 8) * Fmt::low_bits,
+                  *high_g = high(row(r), at) + g * (M * F::W / 8);
+          each<M / 4>([&](auto i) {
+            F c[4];
+            each<4>([&](auto j) { c[j] = F::load(x[r] + (g * M + i * 4 + j) * F::W) * inv_r; });
+            pack_codes<B>(c, low_g + i * (F::W / 2) * Fmt::low_bits, high_g + i * (F::W / 2));
+          });
+        }
+      }
     }
   }
 
-  static void decode(const uint8_t* side, int64_t token, uint8_t* x, const Rows& r) {
-    const float *centre = r.transform.centre, *balance = r.transform.balance;
-    const uint8_t* low = side + token * low_bytes;
-    const uint8_t* high = side + Fmt::plane1_offset(r.page_size, D) + token * (D / 8);
-    const uint8_t* scales = side + Fmt::scales_offset(r.page_size, D) + token * groups * 2;
-    for (int64_t h = 0; h < r.heads; ++h) {
+  static void decode(const Row* rows, int64_t n, const SideLayout& at) {
+    for (const Row* r = rows; r < rows + n; ++r) {
+      const uint8_t *low_r = low(*r), *high_r = high(*r, at);
       F v[N];
       each<N / 4>(
-          [&](auto i) { unpack_codes<B>(low + i * (F::W / 2) * Fmt::low_bits, high + i * (F::W / 2), v + i * 4); });
+          [&](auto i) { unpack_codes<B>(low_r + i * (F::W / 2) * Fmt::low_bits, high_r + i * (F::W / 2), v + i * 4); });
       each<groups>([&](auto g) {
-        const F s = F::fill(half_value(load_u16(scales + g * 2))), offset = F::fill(MidRise<B>::offset);
-        each<per_group>([&](auto i) { v[g * per_group + i] = s * (v[g * per_group + i] - offset); });
+        const F s = F::fill(half_value(load_u16(scale(*r, at, g)))), offset = F::fill(Grid::offset);
+        each<M>([&](auto i) { v[g * M + i] = s * (v[g * M + i] - offset); });
       });
-      store_unrotated<T, N>(v, centre, balance, x);
-      x += r.row_stride;
-      low += r.side_stride, high += r.side_stride, scales += r.side_stride;
-      if (centre) centre += D;
-      if (balance) balance += D;
+      store_unrotated<T, N>(v, r->transform, r->x);
     }
   }
 };
 
 template <DType To, DType T>
 struct PlainRows {  // bf16 f16; head_dim a multiple of 16
-  static void encode(const uint8_t* x, uint8_t* side, int64_t token, const Rows& r) {
-    side += token * r.token_stride;
-    for (int64_t h = 0; h < r.heads; ++h, x += r.row_stride, side += r.side_stride)
-      for (int64_t i = 0; i < r.head_dim; i += F::W) store<To>(load<T>(x + i * kElementBytes<T>), side + i * 2);
+  static void encode(const Row* rows, int64_t n, const SideLayout& at) {
+    for (const Row* r = rows; r < rows + n; ++r)
+      for (int64_t i = 0; i < at.head_dim; i += F::W)
+        store<To>(load<T>(r->x + i * kElementBytes<T>), r->side + r->token * at.token_stride + i * 2);
   }
-  static void decode(const uint8_t* side, int64_t token, uint8_t* x, const Rows& r) {
-    side += token * r.token_stride;
-    for (int64_t h = 0; h < r.heads; ++h, x += r.row_stride, side += r.side_stride)
-      for (int64_t i = 0; i < r.head_dim; i += F::W) store<T>(load<To>(side + i * 2), x + i * kElementBytes<T>);
+  static void decode(const Row* rows, int64_t n, const SideLayout& at) {
+    for (const Row* r = rows; r < rows + n; ++r)
+      for (int64_t i = 0; i < at.head_dim; i += F::W)
+        store<T>(load<To>(r->side + r->token * at.token_stride + i * 2), r->x + i * kElementBytes<T>);
   }
 };
 
@@ -487,8 +523,8 @@ inline constexpr DType kPlainType = DType::bf16;
 template <>
 inline constexpr DType kPlainType<f16> = DType::f16;
 
-// What pack_codes<2> wants for kivi2::code.
-inline F kivi2_code(F x, F zero, F inv) {
+// kivi2::code as pack_codes<2> wants it.
+KK_INLINE F kivi2_code(F x, F zero, F inv) {
   return min(max(rint((x - zero) * inv), F::zero()), F::fill(3.0f)) - F::fill(2.0f);  // max drops NaN
 }
 inline float kivi2_inv(uint16_t scale) {
@@ -498,48 +534,46 @@ inline float kivi2_inv(uint16_t scale) {
 
 template <DType T, int D>
 struct Kivi2Values {
-  static constexpr int N = D / F::W, per_group = static_cast<int>(kivi2::v_group) / F::W, groups = N / per_group;
+  static constexpr int N = D / F::W, M = static_cast<int>(kivi2::v_group) / F::W, groups = N / M;
 
-  static void encode(const uint8_t* x, uint8_t* side, int64_t token, const Rows& r) {
-    uint8_t* codes = side + token * (D / 4);
-    uint8_t* scales = side + kivi2::scale_offset(r.page_size, D) + token * groups * 2;
-    uint8_t* zeros = side + kivi2::zero_offset(Side::V, r.page_size, D) + token * groups * 2;
-    for (int64_t h = 0; h < r.heads; ++h) {
+  static uint8_t* codes(const Row& r) { return r.side + r.token * (D / 4); }
+  static uint8_t* scales(const Row& r, const SideLayout& at) {
+    return r.side + kivi2::scale_offset(at.page_size, D) + r.token * groups * 2;
+  }
+  static uint8_t* zeros(const Row& r, const SideLayout& at) {
+    return r.side + kivi2::zero_offset(Side::V, at.page_size, D) + r.token * groups * 2;
+  }
+
+  static void encode(const Row* rows, int64_t n, const SideLayout& at) {
+    for (const Row* r = rows; r < rows + n; ++r) {
       F c[N];
       for (int g = 0; g < groups; ++g) {
-        F v[per_group], lo = F::fill(INFINITY), hi = F::fill(-INFINITY), odd = F::zero();
-        each<per_group>([&](auto i) {
-          v[i] = load<T>(x + (g * per_group + i) * F::W * kElementBytes<T>);
+        F v[M], lo = F::fill(INFINITY), hi = F::fill(-INFINITY), odd = F::zero();
+        each<M>([&](auto i) {
+          v[i] = load<T>(r->x + (g * M + i) * F::W * kElementBytes<T>);
           lo = min(lo, v[i]);
           hi = max(hi, v[i]);
           odd = odd + v[i] * F::zero();  // NaN where v is not finite
         });
         const kivi2::Affine a = kivi2::affine(-(F::zero() - lo).fold_max(), hi.fold_max(), all_finite(odd));
-        store_u16(a.scale, scales + g * 2);
-        store_u16(a.zero, zeros + g * 2);
+        store_u16(a.scale, scales(*r, at) + g * 2);
+        store_u16(a.zero, zeros(*r, at) + g * 2);
         const F zero = F::fill(half_value(a.zero)), inv = F::fill(kivi2_inv(a.scale));
-        each<per_group>([&](auto i) { c[g * per_group + i] = kivi2_code(v[i], zero, inv); });
+        each<M>([&](auto i) { c[g * M + i] = kivi2_code(v[i], zero, inv); });
       }
-      each<N / 4>([&](auto i) { pack_codes<2>(c + i * 4, codes + i * F::W, nullptr); });
-      x += r.row_stride;
-      codes += r.side_stride, scales += r.side_stride, zeros += r.side_stride;
+      each<N / 4>([&](auto i) { pack_codes<2>(c + i * 4, codes(*r) + i * F::W, nullptr); });
     }
   }
 
-  static void decode(const uint8_t* side, int64_t token, uint8_t* x, const Rows& r) {
-    const uint8_t* codes = side + token * (D / 4);
-    const uint8_t* scales = side + kivi2::scale_offset(r.page_size, D) + token * groups * 2;
-    const uint8_t* zeros = side + kivi2::zero_offset(Side::V, r.page_size, D) + token * groups * 2;
-    for (int64_t h = 0; h < r.heads; ++h) {
+  static void decode(const Row* rows, int64_t n, const SideLayout& at) {
+    for (const Row* r = rows; r < rows + n; ++r) {
       F c[N];
-      each<N / 4>([&](auto i) { unpack_codes<2>(codes + i * F::W, nullptr, c + i * 4); });
+      each<N / 4>([&](auto i) { unpack_codes<2>(codes(*r) + i * F::W, nullptr, c + i * 4); });
       for (int i = 0; i < N; ++i) {
-        const F s = F::fill(half_value(load_u16(scales + i / per_group * 2)));
-        const F zero = F::fill(half_value(load_u16(zeros + i / per_group * 2)));
-        store<T>(zero + s * c[i], x + i * F::W * kElementBytes<T>);
+        const F s = F::fill(half_value(load_u16(scales(*r, at) + i / M * 2)));
+        const F zero = F::fill(half_value(load_u16(zeros(*r, at) + i / M * 2)));
+        store<T>(zero + s * c[i], r->x + i * F::W * kElementBytes<T>);
       }
-      x += r.row_stride;
-      codes += r.side_stride, scales += r.side_stride, zeros += r.side_stride;
     }
   }
 };
@@ -548,18 +582,18 @@ template <DType T, int D>
 struct Kivi2Keys {
   static constexpr int N = D / F::W;
 
-  // A channel's tokens are coded at once: `row(token, float x[D])` is asked for every row of the page, twice.
-  template <typename Row>
-  static void encode_page(Row&& row, uint8_t* side, int64_t page_size) {
+  // A channel's tokens are coded at once: `load_token(token, float x[D])` is asked for every token of the page, twice.
+  template <typename LoadToken>
+  static void encode_page(LoadToken&& load_token, uint8_t* side, int64_t page_size) {
     float x[D], lo[D], hi[D], odd[D];
     for (int i = 0; i < D; ++i) lo[i] = INFINITY, hi[i] = -INFINITY, odd[i] = 0.0f;
     for (int64_t token = 0; token < page_size; ++token) {
-      row(token, x);
+      load_token(token, x);
       for (int i = 0; i < D; i += F::W) {
         const F v = F::load(x + i);
         min(F::load(lo + i), v).store(lo + i);
         max(F::load(hi + i), v).store(hi + i);
-        (F::load(odd + i) + v * F::zero()).store(odd + i);
+        (F::load(odd + i) + v * F::zero()).store(odd + i);  // NaN where v is not finite
       }
     }
     float *zero = lo, *inv = hi;
@@ -571,7 +605,7 @@ struct Kivi2Keys {
       inv[i] = kivi2_inv(a.scale);
     }
     for (int64_t token = 0; token < page_size; ++token) {
-      row(token, x);
+      load_token(token, x);
       F c[N];
       for (int i = 0; i < N; ++i)
         c[i] = kivi2_code(F::load(x + i * F::W), F::load(zero + i * F::W), F::load(inv + i * F::W));
@@ -579,19 +613,16 @@ struct Kivi2Keys {
     }
   }
 
-  static void decode(const uint8_t* side, int64_t token, uint8_t* x, const Rows& r) {
-    const uint8_t* codes = side + token * (D / 4);
-    const uint8_t* scales = side + kivi2::scale_offset(r.page_size, D);
-    const uint8_t* zeros = side + kivi2::zero_offset(Side::K, r.page_size, D);
-    for (int64_t h = 0; h < r.heads; ++h) {
+  static void decode(const Row* rows, int64_t n, const SideLayout& at) {
+    for (const Row* r = rows; r < rows + n; ++r) {
+      const uint8_t* scales = r->side + kivi2::scale_offset(at.page_size, D);
+      const uint8_t* zeros = r->side + kivi2::zero_offset(Side::K, at.page_size, D);
       F c[N];
-      each<N / 4>([&](auto i) { unpack_codes<2>(codes + i * F::W, nullptr, c + i * 4); });
+      each<N / 4>([&](auto i) { unpack_codes<2>(r->side + r->token * (D / 4) + i * F::W, nullptr, c + i * 4); });
       for (int i = 0; i < N; ++i) {
         const F s = load<DType::f16>(scales + i * F::W * 2), zero = load<DType::f16>(zeros + i * F::W * 2);
-        store<T>(zero + s * c[i], x + i * F::W * kElementBytes<T>);
+        store<T>(zero + s * c[i], r->x + i * F::W * kElementBytes<T>);
       }
-      x += r.row_stride;
-      codes += r.side_stride, scales += r.side_stride, zeros += r.side_stride;
     }
   }
 };
@@ -610,7 +641,6 @@ inline void with_dtype(DType dtype, G&& g) {
   fail("dtype must be one of float32, float16, bfloat16");
 }
 
-// Only those that are needed are instantiated: `T` is float32 alone in pack_pages.
 template <DType T>
 inline EncodeRows encode_rows(Format format, Side side, int64_t head_dim) {
   EncodeRows f = nullptr;
@@ -654,24 +684,32 @@ inline DecodeRows decode_rows(Format format, Side side, int64_t head_dim) {
   return f;
 }
 
-inline bool rotated(Format format) {
-  bool r = false;
-  with_format(format, [&](auto tag) { r = decltype(tag)::rotated; });
-  return r;
-}
+// One side of a pool: where the rows of (page, head, token) are and how they are written.
+struct PoolSide {
+  uint8_t* data;
+  int64_t page_stride, head_stride;
+  SideLayout layout;
+  KeyTransform transform;  // of head 0; null where it does not apply
 
-// Rows of the K or V side of `pool`; `heads` of them, row_stride bytes apart in the tensor.
-inline Rows side_rows(const Pool& pool, Side side, const KeyTransform& t, int64_t heads, int64_t row_stride,
-                      int64_t head_dim, int64_t page_size) {
-  Rows r{};
-  r.heads = heads;
-  r.head_dim = head_dim;
-  r.row_stride = row_stride;
-  r.side_stride = side == Side::K ? pool.k_head : pool.v_head;
-  r.token_stride = side == Side::K ? pool.k_token : pool.v_token;
-  r.page_size = page_size;
-  if (side == Side::K && rotated(pool.k_format)) r.transform = t;
-  return r;
-}
+  PoolSide(const Pool& p, Side side, const KeyTransform& t, int64_t page_size, int64_t head_dim) {
+    const bool keys = side == Side::K;
+    data = keys ? p.k : p.v;
+    page_stride = keys ? p.k_page : p.v_page;
+    head_stride = keys ? p.k_head : p.v_head;
+    layout = {page_size, head_dim, keys ? p.k_token : p.v_token};
+    transform = {nullptr, nullptr};
+    if (keys) with_format(p.k_format, [&](auto tag) { transform = decltype(tag)::rotated ? t : transform; });
+  }
+
+  Row row(int64_t page, int64_t head, int64_t token, uint8_t* x) const {
+    const int64_t c = head * layout.head_dim;
+    return {x,
+            data + page * page_stride + head * head_stride,
+            token,
+            {transform.centre ? transform.centre + c : nullptr, transform.balance ? transform.balance + c : nullptr}};
+  }
+};
+
+constexpr int64_t kRowBatch = 32;  // rows named before they are coded; enough to prefetch ahead
 
 KK_END

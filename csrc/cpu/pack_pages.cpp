@@ -10,49 +10,43 @@ KK_BEGIN
 namespace {
 
 struct SidePair {
-  const uint8_t* src;
-  uint8_t* dst;
-  int64_t src_page, dst_page;
-  Rows src_rows, dst_rows;  // of one head; the transform is that of head 0
+  PoolSide src, dst;
   DecodeRows decode;
   EncodeRows encode;  // null: kivi2 keys
 };
 
 SidePair side_pair(const PackPagesParams& p, Side side) {
   const bool keys = side == Side::K;
-  SidePair s{};
-  s.src = keys ? p.src.k : p.src.v;
-  s.dst = keys ? p.dst.k : p.dst.v;
-  s.src_page = keys ? p.src.k_page : p.src.v_page;
-  s.dst_page = keys ? p.dst.k_page : p.dst.v_page;
-  s.src_rows = side_rows(p.src, side, p.transform, 1, 0, p.D, p.page_size);
-  s.dst_rows = side_rows(p.dst, side, p.transform, 1, 0, p.D, p.page_size);
   const Format from = keys ? p.src.k_format : p.src.v_format, to = keys ? p.dst.k_format : p.dst.v_format;
-  s.decode = decode_rows<DType::f32>(from, side, p.D);
-  if (!(keys && to == Format::kivi2)) s.encode = encode_rows<DType::f32>(to, side, p.D);
-  return s;
-}
-
-Rows of_head(Rows r, int64_t head) {
-  if (r.transform.centre) r.transform.centre += head * r.head_dim;
-  if (r.transform.balance) r.transform.balance += head * r.head_dim;
-  return r;
+  return {PoolSide(p.src, side, p.transform, p.page_size, p.D), PoolSide(p.dst, side, p.transform, p.page_size, p.D),
+          decode_rows<DType::f32>(from, side, p.D),
+          keys && to == Format::kivi2 ? nullptr : encode_rows<DType::f32>(to, side, p.D)};
 }
 
 void pack_side(const SidePair& s, int64_t from, int64_t to, int64_t head) {
-  const Rows src_rows = of_head(s.src_rows, head), dst_rows = of_head(s.dst_rows, head);
-  const uint8_t* src = s.src + from * s.src_page + head * src_rows.side_stride;
-  uint8_t* dst = s.dst + to * s.dst_page + head * dst_rows.side_stride;
-  const auto row = [&](int64_t token, float* x) { s.decode(src, token, reinterpret_cast<uint8_t*>(x), src_rows); };
+  constexpr int64_t batch = 8;
+  const SideLayout& layout = s.src.layout;
   if (!s.encode) {
-    one_of<64, 128, 256>("head_dim", src_rows.head_dim,
-                         [&](auto D) { Kivi2Keys<DType::f32, D.value>::encode_page(row, dst, src_rows.page_size); });
+    const auto load_token = [&](int64_t token, float* x) {
+      const Row row = s.src.row(from, head, token, reinterpret_cast<uint8_t*>(x));
+      s.decode(&row, 1, layout);
+    };
+    one_of<64, 128, 256>("head_dim", layout.head_dim, [&](auto D) {
+      Kivi2Keys<DType::f32, D.value>::encode_page(load_token, s.dst.row(to, head, 0, nullptr).side, layout.page_size);
+    });
     return;
   }
-  for (int64_t token = 0; token < src_rows.page_size; ++token) {
-    alignas(64) float x[256];
-    row(token, x);
-    s.encode(reinterpret_cast<const uint8_t*>(x), dst, token, dst_rows);
+  for (int64_t token = 0; token < layout.page_size; token += batch) {
+    alignas(64) float x[batch][256];
+    Row src[batch], dst[batch];
+    const int64_t n = layout.page_size - token < batch ? layout.page_size - token : batch;
+    for (int64_t i = 0; i < n; ++i) {
+      uint8_t* row = reinterpret_cast<uint8_t*>(x[i]);
+      src[i] = s.src.row(from, head, token + i, row);
+      dst[i] = s.dst.row(to, head, token + i, row);
+    }
+    s.decode(src, n, layout);
+    s.encode(dst, n, s.dst.layout);
   }
 }
 
@@ -68,7 +62,7 @@ void pack_pages_cpu(const PackPagesParams& p, const CpuExec& exec) {
       fail("pack_pages: pairs holds a destination page past the end of the pool");
   }
 #endif
-  const int64_t rows_per_thread = 128;  // about 20 us
+  const int64_t rows_per_thread = 256;  // about 20 us
   split(exec, p.N * p.Hkv, (rows_per_thread + 2 * p.page_size - 1) / (2 * p.page_size),
         [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {

@@ -9,8 +9,8 @@ KK_BEGIN
 
 void read_kv_cpu(const ReadKvParams& p, const CpuExec& exec) {
   const int64_t row_bytes = p.D * (p.dtype == DType::f32 ? 4 : 2), token_bytes = p.Hkv * row_bytes;
-  const Rows k_rows = side_rows(p.pool, Side::K, p.transform, p.Hkv, row_bytes, p.D, p.page_size);
-  const Rows v_rows = side_rows(p.pool, Side::V, p.transform, p.Hkv, row_bytes, p.D, p.page_size);
+  const PoolSide k_side(p.pool, Side::K, p.transform, p.page_size, p.D),
+      v_side(p.pool, Side::V, p.transform, p.page_size, p.D);
   DecodeRows decode_k = nullptr, decode_v = nullptr;
   with_dtype(p.dtype, [&](auto type) {
     decode_k = decode_rows<type.value>(p.pool.k_format, Side::K, p.D);
@@ -22,6 +22,13 @@ void read_kv_cpu(const ReadKvParams& p, const CpuExec& exec) {
 #endif
   const int64_t rows_per_thread = 512;  // about 20 us
   split(exec, p.T, (rows_per_thread + 2 * p.Hkv - 1) / (2 * p.Hkv), [&](int64_t begin, int64_t end) {
+    Row k_rows[kRowBatch], v_rows[kRowBatch];
+    int64_t n = 0;
+    const auto flush = [&] {
+      decode_k(k_rows, n, k_side.layout);
+      decode_v(v_rows, n, v_side.layout);
+      n = 0;
+    };
     for (int64_t i = begin; i < end; ++i) {
       uint8_t* k = static_cast<uint8_t*>(p.k) + i * token_bytes;
       uint8_t* v = static_cast<uint8_t*>(p.v) + i * token_bytes;
@@ -31,9 +38,13 @@ void read_kv_cpu(const ReadKvParams& p, const CpuExec& exec) {
         continue;
       }
       const int64_t page = p.slots[i] / p.page_size, token = p.slots[i] % p.page_size;
-      decode_k(p.pool.k + page * p.pool.k_page, token, k, k_rows);
-      decode_v(p.pool.v + page * p.pool.v_page, token, v, v_rows);
+      for (int64_t h = 0; h < p.Hkv; ++h) {
+        k_rows[n] = k_side.row(page, h, token, k + h * row_bytes);
+        v_rows[n] = v_side.row(page, h, token, v + h * row_bytes);
+        if (++n == kRowBatch) flush();
+      }
     }
+    flush();
   });
 }
 

@@ -9,8 +9,8 @@ KK_BEGIN
 
 void write_kv_cpu(const WriteKvParams& p, const CpuExec& exec) {
   const int64_t element = p.dtype == DType::f32 ? 4 : 2;
-  const Rows k_rows = side_rows(p.pool, Side::K, p.transform, p.Hkv, p.k_head * element, p.D, p.page_size);
-  const Rows v_rows = side_rows(p.pool, Side::V, p.transform, p.Hkv, p.v_head * element, p.D, p.page_size);
+  const PoolSide k_side(p.pool, Side::K, p.transform, p.page_size, p.D),
+      v_side(p.pool, Side::V, p.transform, p.page_size, p.D);
   EncodeRows encode_k = nullptr, encode_v = nullptr;
   with_dtype(p.dtype, [&](auto type) {
     encode_k = encode_rows<type.value>(p.pool.k_format, Side::K, p.D);
@@ -20,16 +20,27 @@ void write_kv_cpu(const WriteKvParams& p, const CpuExec& exec) {
   for (int64_t i = 0; i < p.T; ++i)
     if (p.slots[i] >= p.pool.num_pages * p.page_size) fail("write_kv: slots holds a page past the end of the pool");
 #endif
-  const uint8_t* k = static_cast<const uint8_t*>(p.k);
-  const uint8_t* v = static_cast<const uint8_t*>(p.v);
-  const int64_t rows_per_thread = 256;  // about 20 us
+  uint8_t* k = static_cast<uint8_t*>(const_cast<void*>(p.k));
+  uint8_t* v = static_cast<uint8_t*>(const_cast<void*>(p.v));
+  const int64_t rows_per_thread = 512;  // about 20 us
   split(exec, p.T, (rows_per_thread + 2 * p.Hkv - 1) / (2 * p.Hkv), [&](int64_t begin, int64_t end) {
+    Row k_rows[kRowBatch], v_rows[kRowBatch];
+    int64_t n = 0;
+    const auto flush = [&] {
+      encode_k(k_rows, n, k_side.layout);
+      encode_v(v_rows, n, v_side.layout);
+      n = 0;
+    };
     for (int64_t i = begin; i < end; ++i) {
       if (p.slots[i] < 0) continue;
       const int64_t page = p.slots[i] / p.page_size, token = p.slots[i] % p.page_size;
-      encode_k(k + i * p.k_token * element, p.pool.k + page * p.pool.k_page, token, k_rows);
-      encode_v(v + i * p.v_token * element, p.pool.v + page * p.pool.v_page, token, v_rows);
+      for (int64_t h = 0; h < p.Hkv; ++h) {
+        k_rows[n] = k_side.row(page, h, token, k + (i * p.k_token + h * p.k_head) * element);
+        v_rows[n] = v_side.row(page, h, token, v + (i * p.v_token + h * p.v_head) * element);
+        if (++n == kRowBatch) flush();
+      }
     }
+    flush();
   });
 }
 
