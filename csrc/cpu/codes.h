@@ -1,8 +1,8 @@
 // Packed codes of 1, 2 or 4 bits -> bytes, laid out for 4-way byte dot products, and the digits they are multiplied with.
 //
 // A dot product instruction multiplies four unsigned bytes of a 32-bit lane with four signed bytes and adds them up. So
-//   K: lanes are tokens, the four bytes are four channels:  codes [quad of channels][64 tokens][4]
-//   V: lanes are channels, the four bytes are four tokens:  codes [quad of tokens][lanes][4]
+//   K: lanes are tokens, the four bytes are four channels
+//   V: lanes are channels, the four bytes are four tokens
 // and neither needs a horizontal sum. The order of channels is the one that costs nothing to unpack; q is permuted once to
 // match it (K), the result is permuted back once (V).
 #pragma once
@@ -23,6 +23,7 @@ struct I {
   static I load(const void* p) { return _mm512_loadu_si512(p); }
   static I fill(int32_t x) { return _mm512_set1_epi32(x); }
   void store(void* p) const { _mm512_storeu_si512(p, v); }
+  void store_bytes(uint8_t* p) const { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }  // the low byte of each
   // 128-bit lane L: the 16 bytes at p + (4L) * stride.
   static I load_lanes(const uint8_t* p, int64_t stride) {
     const auto at = [&](int L) { return _mm_loadu_si128((const __m128i*)(p + 4 * L * stride)); };
@@ -76,6 +77,12 @@ struct I {
   static I load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static I fill(int32_t x) { return _mm256_set1_epi32(x); }
   void store(void* p) const { _mm256_storeu_si256((__m256i*)p, v); }
+  void store_bytes(uint8_t* p) const {
+    const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i b = _mm256_shuffle_epi8(v, low);
+    _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1)));
+  }
   static I load_lanes(const uint8_t* p, int64_t stride) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
                                    _mm_loadu_si128((const __m128i*)(p + 4 * stride)), 1);
@@ -119,39 +126,68 @@ struct Plane {
     return quad / per_byte * (32 / B) + j * per_byte + quad % per_byte;
   }
 
-  // n channels of int8 digits, permuted into the order of the quads.
-  static void order_q(const int8_t* digit, int64_t n, int8_t* out) {
-    for (int64_t quad = 0; quad < n / 4; ++quad)
-      for (int j = 0; j < 4; ++j) out[quad * 4 + j] = digit[k_channel(quad, j)];
-  }
-
-  template <int p = 0>
-  static void store_k(I words, uint8_t* out) {
-    words.template field<p * B, B, POS>().store(out + p * kChunk * 4);
-    if constexpr (p + 1 < per_byte) store_k<p + 1>(words, out);
-  }
-
-  // Rows of 16 tokens, `stride` bytes apart, of which the first `bytes` (8 or a multiple of 16) are wanted
-  // -> out [bytes/4 * per_byte quads][kChunk tokens][4], this tile at token 0.
-  static void unpack_k(const uint8_t* rows, int64_t stride, int64_t bytes, uint8_t* out) {
-    constexpr int64_t word_step = per_byte * kChunk * 4;
-    for (int t = 0; t < kTile; t += I::W, rows += I::W * stride, out += I::W * 4) {
-      if (bytes == 8) {
-        for (int w = 0; w < 2; ++w) store_k(I::gather(rows + 4 * w, static_cast<int>(stride)), out + w * word_step);
-        continue;
+  // n channels of digits (bytes), permuted into the order of the quads: every 4 * per_byte of them are a matrix [4][per_byte]
+  // that is transposed.
+  static void order_q(const uint8_t* digit, int64_t n, uint8_t* out) {
+    const __m128i transpose4 = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m128i transpose2 = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    for (int64_t i = 0; i < n; i += 16) {
+      __m128i x = _mm_loadu_si128((const __m128i*)(digit + i));
+      if constexpr (B == 1) {  // a matrix [4][8] in two halves of four columns
+        const auto word = [&](int row) {
+          int32_t w;
+          memcpy(&w, digit + i / 32 * 32 + row * 8 + i % 32 / 4, 4);
+          return w;
+        };
+        x = _mm_setr_epi32(word(0), word(1), word(2), word(3));
       }
-      for (int64_t b = 0; b < bytes; b += 16) {
-        // 4x4 transposes of words: lane group L of z_i is token 4L + i, so the result runs through the tokens in order
-        const I z0 = I::load_lanes(rows + b, stride), z1 = I::load_lanes(rows + b + stride, stride);
-        const I z2 = I::load_lanes(rows + b + 2 * stride, stride), z3 = I::load_lanes(rows + b + 3 * stride, stride);
-        const I lo01 = unpack_lo32(z0, z1), hi01 = unpack_hi32(z0, z1), lo23 = unpack_lo32(z2, z3), hi23 = unpack_hi32(z2, z3);
-        uint8_t* o = out + b / 4 * word_step;
-        store_k(unpack_lo64(lo01, lo23), o);
-        store_k(unpack_hi64(lo01, lo23), o + word_step);
-        store_k(unpack_lo64(hi01, hi23), o + 2 * word_step);
-        store_k(unpack_hi64(hi01, hi23), o + 3 * word_step);
-      }
+      _mm_storeu_si128((__m128i*)(out + i), _mm_shuffle_epi8(x, B == 4 ? transpose2 : transpose4));
     }
+  }
+
+  // sums[m][t] = (add ? sums[m][t] : 0) + codes of token t . words[m]  for T vectors of tokens: vector i holds the I::W tokens
+  // from rows[i], `stride` bytes apart, of which `bytes` (8 or a multiple of 16) count. The codes go from memory to the dot
+  // product without being stored: M * T sums and the words of 16 bytes a row stay in registers.
+  template <int M, int T>
+  static void dot_k(const uint8_t* const* rows, int64_t stride, int64_t bytes, const int32_t* words, int64_t ldw, int32_t* sums,
+                    int64_t lds, bool add) {
+    I acc[M][T];
+    for (int m = 0; m < M; ++m)
+      for (int t = 0; t < T; ++t) acc[m][t] = add ? I::load(sums + m * lds + t * I::W) : I::zero();
+    for (int64_t b = 0; b < bytes; b += 16, words += 4 * per_byte) {
+      I w[4][T];
+      const int count = bytes == 8 ? 2 : 4;
+      for (int t = 0; t < T; ++t) {
+        const uint8_t* r = rows[t] + b;
+        if (count == 2) {
+          w[0][t] = I::gather(r, static_cast<int>(stride));
+          w[1][t] = I::gather(r + 4, static_cast<int>(stride));
+          continue;
+        }
+        // 4x4 transposes of words: lane group L of z_i is token 4L + i, so the result runs through the tokens in order
+        const I z0 = I::load_lanes(r, stride), z1 = I::load_lanes(r + stride, stride);
+        const I z2 = I::load_lanes(r + 2 * stride, stride), z3 = I::load_lanes(r + 3 * stride, stride);
+        const I lo01 = unpack_lo32(z0, z1), hi01 = unpack_hi32(z0, z1), lo23 = unpack_lo32(z2, z3), hi23 = unpack_hi32(z2, z3);
+        w[0][t] = unpack_lo64(lo01, lo23);
+        w[1][t] = unpack_hi64(lo01, lo23);
+        w[2][t] = unpack_lo64(hi01, hi23);
+        w[3][t] = unpack_hi64(hi01, hi23);
+      }
+#if defined(__AVX512VNNI__)
+      for (int i = 0; i < count; ++i) dot_fields<M, T>(w[i], words + i * per_byte, ldw, acc);
+#else
+      // Pairs of products are summed in 16 bits; 16 bytes of a row are 32 bits / B quads of at most 2 * 127 * code each:
+      // 12192 (2 bits), 30480 (4 bits), 32512 (the 1-bit plane, whose code is 4).
+      I part[M][T];
+      for (int m = 0; m < M; ++m)
+        for (int t = 0; t < T; ++t) part[m][t] = I::zero();
+      for (int i = 0; i < count; ++i) dot_fields<M, T>(w[i], words + i * per_byte, ldw, part);
+      for (int m = 0; m < M; ++m)
+        for (int t = 0; t < T; ++t) acc[m][t] = I::widen(acc[m][t], part[m][t]);
+#endif
+    }
+    for (int m = 0; m < M; ++m)
+      for (int t = 0; t < T; ++t) acc[m][t].store(sums + m * lds + t * I::W);
   }
 
   // ---- V: rows are cut into units of U bytes; unit m, field p gives U lanes. Lane l of a unit is byte v_byte(l) of it.
@@ -200,6 +236,21 @@ struct Plane {
   }
 
  private:
+  template <int M, int T, int p = 0>
+  __attribute__((always_inline)) static inline void dot_fields(const I* w, const int32_t* words, int64_t ldw, I (*acc)[T]) {
+    I c[T];
+    for (int t = 0; t < T; ++t) c[t] = w[t].template field<p * B, B, POS>();
+    for (int m = 0; m < M; ++m) {
+      const I q = I::fill(words[m * ldw + p]);
+#if defined(__AVX512VNNI__)
+      for (int t = 0; t < T; ++t) acc[m][t] = I::dot(acc[m][t], c[t], q);
+#else
+      for (int t = 0; t < T; ++t) acc[m][t] = I::dot16(acc[m][t], c[t], q);
+#endif
+    }
+    if constexpr (p + 1 < per_byte) dot_fields<M, T, p + 1>(w, words, ldw, acc);
+  }
+
   // 64 bytes as two halves, every field of them `step` bytes after the last.
   static void store_parts(__m256i lo, __m256i hi, int64_t step, uint8_t* out) {
 #if defined(__AVX512F__)
@@ -218,9 +269,10 @@ struct Plane {
   }
 };
 
-// out[m][lane] = sum over k of the 4-way dot of codes[k][lane] and words[m][k].
-// Without VNNI, products are summed in 16 bits first: pairs of at most 2 * MAXCODE * 127, widened before they can overflow.
-template <int MAXCODE, int M, int NV>
+// out[m][lane] = sum over k of the 4-way dot of codes[k][lane] and words[m][k]. The instructions take one unsigned and one
+// signed factor; codes fit either, so words may be signed digits or (UNSIGNED) bytes up to 255.
+// Without VNNI, products are summed in 16 bits first: pairs of at most 2 * MAXCODE * 255, widened before they can overflow.
+template <int MAXCODE, int M, int NV, bool UNSIGNED>
 inline void dot4_block(const uint8_t* codes, int64_t ldc, int64_t nk, const int32_t* words, int64_t ldw, int32_t* out,
                        int64_t ldo) {
   I acc[M][NV];
@@ -232,11 +284,11 @@ inline void dot4_block(const uint8_t* codes, int64_t ldc, int64_t nk, const int3
     for (int j = 0; j < NV; ++j) c[j] = I::load(codes + j * I::W * 4);
     for (int m = 0; m < M; ++m) {
       const I w = I::fill(words[m * ldw + k]);
-      for (int j = 0; j < NV; ++j) acc[m][j] = I::dot(acc[m][j], c[j], w);
+      for (int j = 0; j < NV; ++j) acc[m][j] = UNSIGNED ? I::dot(acc[m][j], w, c[j]) : I::dot(acc[m][j], c[j], w);
     }
   }
 #else
-  constexpr int64_t safe = 32767 / (2 * MAXCODE * 127);
+  constexpr int64_t safe = 32767 / (2 * MAXCODE * (UNSIGNED ? 255 : 127));
   for (int64_t k0 = 0; k0 < nk; k0 += safe) {
     I part[M][NV];
     for (int m = 0; m < M; ++m)
@@ -247,7 +299,7 @@ inline void dot4_block(const uint8_t* codes, int64_t ldc, int64_t nk, const int3
       for (int j = 0; j < NV; ++j) c[j] = I::load(codes + j * I::W * 4);
       for (int m = 0; m < M; ++m) {
         const I w = I::fill(words[m * ldw + k]);
-        for (int j = 0; j < NV; ++j) part[m][j] = I::dot16(part[m][j], c[j], w);
+        for (int j = 0; j < NV; ++j) part[m][j] = UNSIGNED ? I::dot16(part[m][j], w, c[j]) : I::dot16(part[m][j], c[j], w);
       }
     }
     for (int m = 0; m < M; ++m)
@@ -259,25 +311,25 @@ inline void dot4_block(const uint8_t* codes, int64_t ldc, int64_t nk, const int3
 }
 
 // lanes: a multiple of 16.
-template <int MAXCODE, int M>
+template <int MAXCODE, int M, bool UNSIGNED>
 inline void dot4(const uint8_t* codes, int64_t ldc, int64_t lanes, int64_t nk, const int32_t* words, int64_t ldw, int32_t* out,
                  int64_t ldo) {
   // M * NV sums of the inner loop fill half of the 32 (AVX-512) or 16 (AVX2) registers; the rest holds codes and words.
   constexpr int NV = I::W / 4;
   int64_t l = 0;
-  for (; l + NV * I::W <= lanes; l += NV * I::W) dot4_block<MAXCODE, M, NV>(codes + l * 4, ldc, nk, words, ldw, out + l, ldo);
-  for (; l < lanes; l += I::W) dot4_block<MAXCODE, M, 1>(codes + l * 4, ldc, nk, words, ldw, out + l, ldo);
+  for (; l + NV * I::W <= lanes; l += NV * I::W) dot4_block<MAXCODE, M, NV, UNSIGNED>(codes + l * 4, ldc, nk, words, ldw, out + l, ldo);
+  for (; l < lanes; l += I::W) dot4_block<MAXCODE, M, 1, UNSIGNED>(codes + l * 4, ldc, nk, words, ldw, out + l, ldo);
 }
 
 // x = step * (128^(n-1) d_0 + ... + d_(n-1)) with signed 7-bit digits: two carry 15 bits (enough for 16-bit queries, whose
-// own rounding is larger), three carry 22 (fp32 queries).
+// own rounding is larger), three carry 22 (fp32 queries). One digit is an unsigned byte: 8 bits, for x >= 0.
 template <int N>
 struct Digits {
-  static constexpr float top = N == 2 ? 127.0f * 128 : 127.0f * 128 * 128;
+  static constexpr float top = N == 1 ? 255.0f : N == 2 ? 127.0f * 128 : 127.0f * 128 * 128;
   // Sums of digit * code are joined to one number per lane. Of two digits as integers: below 2^24 for codes of 2 and 3 bits,
   // so exact in fp32, and off by less than a digit's own rounding for 4. Of three apart, each less its share of the offset.
-  static constexpr int parts = N == 2 ? 1 : N;
 
+  
   // x / step, |x / step| <= top
   static void split(F scaled, I* d) {
     I rest = I::from_float(scaled);
@@ -305,14 +357,6 @@ struct Digits {
     }
   }
 };
-inline void store_i8(I a, int8_t* p) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));
-#else
-  const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(w, w));
-#endif
-}
 
 KK_END
 

@@ -118,7 +118,6 @@ struct Chunk {
   const Pool* pool;
   int pool_index;
   int64_t start;  // position of column 0 in the sequence
-  int64_t first_seen;  // columns before it are outside every row's window
   int n, pieces;
   Piece piece[kChunk];
 };
@@ -142,6 +141,9 @@ struct Task {
     int64_t lanes;
     bool acc_used, words_ready;
   } state[kMaxPools];
+  static constexpr int kMaxLines = kChunk * D / 64 + 64;  // 4-bit K and V, and scales that begin anywhere
+  const uint8_t* line[kMaxLines];                         // of the next chunk
+  int num_lines, next_line;
   bool rot_ready = false;
   const float* slopes = nullptr;  // ALiBi slopes of this task's query group
 
@@ -356,7 +358,7 @@ struct Task {
       }
       const float biggest = top.fold_max(), inv = biggest > 0.0f ? Digits<DIGITS>::top / biggest : 0.0f;
       st.step[r] = finite ? biggest / Digits<DIGITS>::top : NAN;
-      int8_t digit[DIGITS][D];
+      uint8_t digit[DIGITS][D];
       for (int64_t g = 0; g < kGroups; ++g) {
         I sum[DIGITS];
         for (int d = 0; d < DIGITS; ++d) sum[d] = I::zero();
@@ -365,7 +367,7 @@ struct Task {
           Digits<DIGITS>::split(F::load(x + i) * F::fill(inv), dig);
           for (int d = 0; d < DIGITS; ++d) {
             sum[d] = sum[d] + dig[d];
-            store_i8(dig[d], digit[d] + i);
+            dig[d].store_bytes(digit[d] + i);
           }
         }
         Digits<DIGITS>::offsets(sum, Fmt::Grid::offset, st.offset + (r * kGroups + g) * DIGITS);
@@ -373,8 +375,8 @@ struct Task {
       for (int d = 0; d < DIGITS; ++d)
         for (int64_t g = 0; g < kGroups; ++g) {
           int32_t* w = st.words + (((r * DIGITS + d) * kGroups) + g) * planes * quads;
-          Plane<Fmt::low_bits, 0>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<int8_t*>(w));
-          if constexpr (planes == 2) Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<int8_t*>(w + quads));
+          Plane<Fmt::low_bits, 0>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w));
+          if constexpr (planes == 2) Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w + quads));
         }
     }
   }
@@ -389,35 +391,43 @@ struct Task {
     st.words_ready = true;
     alignas(64) float scale[kGroups * kChunk];
     load_scales<Fmt>(c, true, scale);
-    const int64_t cols = round_up(c.n, kTile);
-    for (int64_t g = 0; g < kGroups; ++g) {
-      for (int i = 0; i < c.pieces; ++i) {
-        const Piece& pc = c.piece[i];
-        for (int64_t t = 0; t < pc.n; t += kTile) {
-          uint8_t* out = codes + (pc.col + t) * 4;
-          Plane<Fmt::low_bits, 0>::unpack_k(pc.k + (pc.token + t) * low_row + g * low_group, low_row, low_group, out);
-          if constexpr (planes == 2)
-            Plane<1, 2>::unpack_k(pc.k + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8) + g * (kGroup / 8),
-                                  D / 8, kGroup / 8, out + quads * kChunk * 4);
-        }
+    // the pages' rows, I::W tokens at a time
+    constexpr int kVectors = kChunk / I::W;
+    const uint8_t *low[kVectors + 1], *high[kVectors + 1];
+    int vectors = 0;
+    for (int i = 0; i < c.pieces; ++i)
+      for (int64_t t = c.piece[i].token; t < c.piece[i].token + c.piece[i].n; t += I::W) {
+        low[vectors] = c.piece[i].k + t * low_row;
+        high[vectors++] = c.piece[i].k + Fmt::plane1_offset(p.page_size, D) + t * (D / 8);
       }
+    constexpr int T = I::W == 16 ? 2 : 1;
+    low[vectors] = low[vectors - 1], high[vectors] = high[vectors - 1];  // an odd last one is paired with itself
+    for (int64_t g = 0; g < kGroups; ++g) {
       const auto block = [&](auto n, int r) {
-        constexpr int R = decltype(n)::value;
-        alignas(64) int32_t ints[R * DIGITS][kChunk];
-        dot4<kMaxCode<Fmt>, R * DIGITS>(codes, kChunk * 4, cols, planes * quads, st.words + r * DIGITS * ldw + g * planes * quads,
-                                        ldw, ints[0], kChunk);
-        for (int i = 0; i < R; ++i) {
-          const F step = F::fill(st.step[r + i]);
-          for (int64_t j = 0; j < cols; j += F::W) {
-            float* o = s + (r + i) * kChunk + j;
-            const F base = g ? F::load(o) : F::fill(q_mu[r + i]);
-            const F v = Digits<DIGITS>::join(ints[i * DIGITS] + j, kChunk, st.offset + ((r + i) * kGroups + g) * DIGITS);
-            fma(v * step, F::load(scale + g * kChunk + j), base).store(o);
+        constexpr int R = n.value, M = R * DIGITS;
+        const int32_t* words = st.words + r * DIGITS * ldw + g * planes * quads;
+        for (int v = 0; v < vectors; v += T) {
+          alignas(64) int32_t sums[M][T * I::W];
+          prefetch(8);
+          const uint8_t *rows_low[T], *rows_high[T];
+          for (int t = 0; t < T; ++t) rows_low[t] = low[v + t] + g * low_group, rows_high[t] = high[v + t] + g * (kGroup / 8);
+          Plane<Fmt::low_bits, 0>::template dot_k<M, T>(rows_low, low_row, low_group, words, ldw, sums[0], T * I::W, false);
+          if constexpr (planes == 2)
+            Plane<1, 2>::template dot_k<M, T>(rows_high, D / 8, kGroup / 8, words + quads, ldw, sums[0], T * I::W, true);
+          for (int i = 0; i < R; ++i) {
+            const F step = F::fill(st.step[r + i]);
+            for (int t = 0; t < T && v + t < vectors; ++t) {
+              float* o = s + (r + i) * kChunk + (v + t) * I::W;
+              const F base = g ? F::load(o) : F::fill(q_mu[r + i]);
+              const F x = Digits<DIGITS>::join(&sums[i * DIGITS][t * I::W], T * I::W, st.offset + ((r + i) * kGroups + g) * DIGITS);
+              fma(x * step, F::load(scale + g * kChunk + (v + t) * I::W), base).store(o);
+            }
           }
         }
       };
+      constexpr int kRows = DIGITS == 2 ? 4 : 2;  // at most 8 digit rows: they share every code
       int r = 0;
-      for (; r + kStep <= rows; r += kStep) block(Int<kStep>{}, r);
+      for (; r + kRows <= rows; r += kRows) block(Int<kRows>{}, r);
       for (; r < rows; ++r) block(Int<1>{}, r);
     }
   }
@@ -434,66 +444,78 @@ struct Task {
       const Piece& pc = c.piece[i];
       for (int64_t t = 0; t < round_up(pc.n, kTile); t += 4) {
         uint8_t* out = codes + (pc.col + t) / 4 * lanes * 4;
+        prefetch(2);
         Plane<Fmt::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
         if constexpr (planes == 2)
           Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8), D / 8, out + D * 4);
       }
     }
     for (int64_t g = 0; g < kGroups; ++g) {
-      // the largest scale among tokens that some row sees: bounds p * scale for every row at once
-      F top = F::zero();
-      for (int64_t j = 0; j < cols; j += F::W) {
-        F x = F::load(scale + g * kChunk + j);
-        if (c.n < j + F::W) x = first(static_cast<int>(c.n - j), x, F::zero());
-        if (c.first_seen > j) x = first(static_cast<int>(clamp(c.first_seen - j, F::W)), F::zero(), x);
-        top = max(x, top);
-      }
-      const float scale_top = top.fold_max();
-      const auto block = [&](auto n, int r) {
-        constexpr int R = decltype(n)::value;
-        alignas(64) int8_t words[R * DIGITS][kChunk];
-        alignas(64) int32_t ints[R * DIGITS][kGroup];
-        float step[R], offset[R][DIGITS];
+      const auto block = [&](auto n_rows, auto n_digits, int r) {
+        constexpr int R = n_rows.value, N = n_digits.value;
+        alignas(64) uint8_t words[R * N][kChunk];
+        alignas(64) int32_t ints[R * N][kGroup];
+        float step[R], offset[R][N];
         for (int i = 0; i < R; ++i)
-          step[i] = weigh<Fmt>(s + (r + i) * kChunk, scale + g * kChunk, p_top[r + i] * scale_top, cols, words[i * DIGITS], offset[i]);
+          step[i] = weigh<N>(s + (r + i) * kChunk, scale + g * kChunk, cols, Fmt::Grid::offset, words[i * N], offset[i]);
         for (int plane = 0; plane < planes; ++plane) {
           const int64_t lane0 = plane * D + g * kGroup;
-          dot4<kMaxCode<Fmt>, R * DIGITS>(codes + lane0 * 4, lanes * 4, kGroup, cols / 4, reinterpret_cast<const int32_t*>(words[0]),
-                                          quads, ints[0], kGroup);
-          const float none[DIGITS] = {};
+          dot4<kMaxCode<Fmt>, R * N, N == 1>(codes + lane0 * 4, lanes * 4, kGroup, cols / 4,
+                                             reinterpret_cast<const int32_t*>(words[0]), quads, ints[0], kGroup);
+          const float none[N] = {};
           for (int i = 0; i < R; ++i)
             for (int64_t j = 0; j < kGroup; j += F::W) {
               float* o = st.acc + (r + i) * st.lanes + lane0 + j;
-              const F v = Digits<DIGITS>::join(ints[i * DIGITS] + j, kGroup, plane == 0 ? offset[i] : none);
+              const F v = Digits<N>::join(ints[i * N] + j, kGroup, plane == 0 ? offset[i] : none);
               fma(v, F::fill(step[i]), F::load(o)).store(o);
             }
         }
       };
       int r = 0;
-      for (; r + kStep <= rows; r += kStep) block(Int<kStep>{}, r);
-      for (; r < rows; ++r) block(Int<1>{}, r);
+      while (r < rows) {
+        if (rows - r >= 4 && light(r) && light(r + 1) && light(r + 2) && light(r + 3)) {
+          block(Int<4>{}, Int<1>{}, r);
+          r += 4;
+        } else if (rows - r >= kStep) {
+          block(Int<kStep>{}, Int<DIGITS>{}, r);
+          r += kStep;
+        } else {
+          block(Int<1>{}, Int<DIGITS>{}, r);
+          r += 1;
+        }
+      }
     }
   }
 
-  // Digits of w = p * scale, four tokens to a word. `biggest` bounds w; returns the value of the last digit.
-  template <typename Fmt>
-  static float weigh(const float* prob, const float* scale, float biggest, int64_t cols, int8_t* words, float* offset) {
-    const F inv = F::fill(biggest > 0.0f ? Digits<DIGITS>::top / biggest : 0.0f);
-    I sums[DIGITS];
-    for (int d = 0; d < DIGITS; ++d) sums[d] = I::zero();
-    F total = F::zero();
+  // bf16 has 8 bits for p, and so do other kernels that round p to it. Where no token of the chunk holds more than 1/64 of
+  // the softmax mass, 8 bits of the chunk's largest weight are as good: 0.1 % of what the chunk adds, rms. Otherwise small
+  // weights beside a large one would lose theirs, so they get 15.
+  bool light(int r) const { return p.dtype == DType::bf16 && p_top[r] * 64.0f < l[r]; }
+
+  // N digits of w = p * scale, four tokens to a word; returns the value of the last digit.
+  template <int N>
+  static float weigh(const float* prob, const float* scale, int64_t cols, float level, uint8_t* words, float* offset) {
+    F w[kChunk / F::W], top = F::zero(), total = F::zero();
     for (int64_t j = 0; j < cols; j += F::W) {
-      const F x = F::load(prob + j), w = where_positive(x, x * F::load(scale + j));  // rows nobody sees may hold NaN
-      total = total + w;
-      I dig[DIGITS];
-      Digits<DIGITS>::split(w * inv, dig);
-      for (int d = 0; d < DIGITS; ++d) {
+      const F x = F::load(prob + j);
+      w[j / F::W] = where_positive(x, x * F::load(scale + j));  // rows nobody sees may hold NaN
+      top = max(top, w[j / F::W]);
+      total = total + w[j / F::W];
+    }
+    const float biggest = top.fold_max();
+    const F inv = F::fill(biggest > 0.0f ? Digits<N>::top / biggest : 0.0f);
+    I sums[N];
+    for (int d = 0; d < N; ++d) sums[d] = I::zero();
+    for (int64_t j = 0; j < cols; j += F::W) {
+      I dig[N];
+      Digits<N>::split(w[j / F::W] * inv, dig);
+      for (int d = 0; d < N; ++d) {
         sums[d] = sums[d] + dig[d];
-        store_i8(dig[d], words + d * kChunk + j);
+        dig[d].store_bytes(words + d * kChunk + j);
       }
     }
-    Digits<DIGITS>::offsets(sums, Fmt::Grid::offset, offset);
-    return all_finite(total) ? biggest / Digits<DIGITS>::top : NAN;  // a NaN scale must not get lost among the digits
+    Digits<N>::offsets(sums, level, offset);
+    return all_finite(total) ? biggest / Digits<N>::top : NAN;  // a NaN scale must not get lost among the digits
   }
 #endif
 
@@ -504,6 +526,7 @@ struct Task {
     for (int r = 0; r < rows; ++r) {
       const int64_t t = (first_row + r) / group, last = len - p.Tq + t;  // the row sees tokens <= last
       float* x = s + r * kChunk;
+      prefetch(8);
       if (p.softcap > 0.0f) cap_scores(x, cols);
       if (p.alibi_slopes) add_alibi(x, c, r, last);
       const int64_t lo = clamp(p.window_left >= 0 ? last - p.window_left - c.start : 0, c.n);
@@ -612,34 +635,38 @@ struct Task {
       Chunk &c = chunk[i & 1], &next = chunk[(i + 1) & 1];
       pos = c.start + c.n;
       const Chunk& ahead = pos < end ? (next_chunk(next, b, h, pos, end), next) : c;
-      if (packed(*ahead.pool)) prefetch_sides(ahead);
+      num_lines = next_line = 0;
+      if (pos < end && packed(*ahead.pool)) list_lines(ahead);
       scores(c, ahead, h);
       softmax(c);
       accumulate(c, ahead);
+      prefetch(kMaxLines);
     }
     finish();
   }
 
-  // All of a packed chunk: some 70 lines at 2 bits.
-  void prefetch_sides(const Chunk& c) {
+  // The cache lines of a packed chunk: some 140 at 2 bits. Asked for at once they would wait for each other and the dot
+  // products for them all, so prefetch() is called where there is work to do meanwhile.
+  void list_lines(const Chunk& c) {
+    num_lines = next_line = 0;
+    const auto add = [&](const uint8_t* x, int64_t bytes) {
+      for (const uint8_t* end = x + bytes; x < end && num_lines < kMaxLines; x += 64) line[num_lines++] = x;
+    };
     for (int side = 0; side < 2; ++side)
       with_format(side == 0 ? c.pool->k_format : c.pool->v_format, [&](auto fmt) {
         using Fmt = decltype(fmt);
-        if constexpr (Fmt::packed && Fmt::bits <= 4)
+        if constexpr (Fmt::rotated && Fmt::bits <= 4)
           for (int i = 0; i < c.pieces; ++i) {
             const Piece& pc = c.piece[i];
             const uint8_t* x = side == 0 ? pc.k : pc.v;
-            const int64_t row = D * (Fmt::bits == 3 ? 2 : Fmt::bits) / 8;
-            for (int64_t at = 0; at < pc.n * row; at += 64) __builtin_prefetch(x + pc.token * row + at, 0, 3);
-            if (Fmt::bits == 3)
-              for (int64_t at = 0; at < pc.n * D / 8; at += 64)
-                __builtin_prefetch(x + p.page_size * row + pc.token * D / 8 + at, 0, 3);
-            if (Fmt::rotated) {
-              const int64_t scales = p.page_size * D * Fmt::bits / 8 + pc.token * kGroups * 2;
-              for (int64_t at = 0; at < pc.n * kGroups * 2; at += 64) __builtin_prefetch(x + scales + at, 0, 3);
-            }
+            add(x + pc.token * (D * Fmt::low_bits / 8), pc.n * (D * Fmt::low_bits / 8));
+            if (Fmt::bits == 3) add(x + Fmt::plane1_offset(p.page_size, D) + pc.token * (D / 8), pc.n * (D / 8));
+            add(x + Fmt::scales_offset(p.page_size, D) + pc.token * kGroups * 2, pc.n * kGroups * 2);
           }
       });
+  }
+  void prefetch(int n) {
+    for (; n > 0 && next_line < num_lines; --n) __builtin_prefetch(line[next_line++], 0, 3);
   }
 
   void next_chunk(Chunk& c, int64_t b, int64_t h, int64_t pos, int64_t end) {
@@ -647,7 +674,6 @@ struct Task {
     c.pool_index = table[pos / p.page_size] >> 28;
     c.pool = &p.pools[c.pool_index];
     c.start = packed(*c.pool) ? round_down(pos, kTile) : pos;  // a window may begin inside a tile
-    c.first_seen = pos - c.start;
     pos = c.start;
     c.n = c.pieces = 0;
     const int64_t limit = read_as_codes(*c.pool) ? kChunk : kRowChunk;
