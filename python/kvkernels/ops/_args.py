@@ -9,13 +9,14 @@ from kvkernels.paged_kv import TWO_CACHES, PagedKV
 
 def all_pools(op: str, kv: PagedKV) -> tuple[list[Tensor], list[int]]:
     """Tensors of all pools in a row, and one format code per pool."""
-    if len(kv.pools) != len(kv.formats):
-        raise ValueError(f"{op}: kv has {len(kv.pools)} pools, but {len(kv.formats)} formats")
+    pools, formats = kv.pools, kv.formats
+    if len(pools) != len(formats):
+        raise ValueError(f"{op}: kv has {len(pools)} pools, but {len(formats)} formats")
     tensors: list[Tensor] = []
     codes: list[int] = []
-    for pool, fmt in zip(kv.pools, kv.formats):
+    for pool, fmt in zip(pools, formats):
         if isinstance(pool, tuple):
-            tensors.extend(pool)
+            tensors += pool
             codes.append(fmt.code | TWO_CACHES)
         else:
             tensors.append(pool)

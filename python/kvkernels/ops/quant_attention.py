@@ -97,15 +97,17 @@ def quant_attention(
     if not isinstance(kv, PagedKV):
         _args.no_tensor("quant_attention", "kv", kv, "a PagedKV")
     pools, codes = _args.all_pools("quant_attention", kv)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (
+        q.requires_grad or sinks is not None or alibi_slopes is not None or out is not None
+    ):
         _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out)
     left, right = window
     if right > 0:
         raise ValueError(f"quant_attention: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
     if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    centre, balance = kv.transform or (None, None)
+    centre, balance = (None, None) if kv.transform is None else kv.transform
     if scale is None:
         scale = q.shape[-1] ** -0.5
     _op(q, pools, codes, kv.page_size, page_table, seq_lens, centre, balance, scale, left, softcap, sinks, alibi_slopes,
