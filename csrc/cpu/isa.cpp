@@ -32,8 +32,14 @@ Isa detect() {
   if ((state & 0xe6) != 0xe6 || !f || !dq || !bw || !vl) return Isa::avx2;
   return c >> 11 & 1 ? Isa::avx512vnni : Isa::avx512;
 }
+
+bool detect_bf16() {
+  unsigned a, b, c, d;
+  return detect() >= Isa::avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
 #else
 Isa detect() { return Isa::base; }
+bool detect_bf16() { return false; }
 #endif
 
 constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512vnni"};
@@ -65,6 +71,10 @@ Isa isa() {
   return chosen;
 }
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+bool has_avx512bf16() {
+  static const bool found = detect_bf16();
+  return found && isa() >= Isa::avx512;
+}
 bool isa_available(Isa isa) { return isa <= best(); }
 
 }  // namespace kk::cpu

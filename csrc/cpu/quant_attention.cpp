@@ -132,6 +132,7 @@ struct Task {
   int rows;
   int64_t len, first_row, group;
   float *q, *q_rot, *q_mu, *s, *p_top, *m, *l, *out_rows, *decoded;
+  uint16_t* q_bf16;  // the queries as they came, where the processor can multiply them so; else null
   uint8_t* codes;
   struct PoolState {
     float* acc;      // [rows][lanes] sums over V, in the order and basis the pool's format leaves them in
@@ -156,6 +157,7 @@ struct Task {
   Task(const QuantAttentionParams& params, Arena& a, int max_rows) : p(params), rows(max_rows) {
     q = a.take<float>(rows * D);
     out_rows = a.take<float>(rows * D);
+    q_bf16 = p.dtype == DType::bf16 && cpu::has_avx512bf16() ? a.take<uint16_t>(rows * D) : nullptr;
     s = a.take<float>(rows * kChunk);
     q_mu = a.take<float>(rows);
     p_top = a.take<float>(rows);
@@ -222,6 +224,7 @@ struct Task {
           x = F::load_bf16(static_cast<const uint16_t*>(p.q) + at + i);
         (x * scale).store(q + r * D + i);
       }
+      if (q_bf16) memcpy(q_bf16 + r * D, static_cast<const uint16_t*>(p.q) + at, D * sizeof(uint16_t));
       m[r] = -INFINITY;
       l[r] = 0.0f;
     }
@@ -253,9 +256,12 @@ struct Task {
     with_format(c.pool->k_format, [&](auto fmt) {
       using Fmt = decltype(fmt);
       if constexpr (!Fmt::packed) {
-        const uint8_t *row[kChunk], *ahead[kChunk];
+        const uint8_t *row[kRowChunk], *ahead[kRowChunk];
         row_pointers(c, c.pool->k_token, true, row);
         row_pointers(next, next.pool->k_token, true, ahead);
+#if defined(__AVX512F__)
+        if (same<Fmt, bf16> && q_bf16) return bf16_scores<D>(LoadBf16{row, ahead}, c.n, q_bf16, p.scale, rows, s);
+#endif
         if constexpr (same<Fmt, bf16>)
           row_scores<D>(LoadBf16{row, ahead}, c.n, q, D, rows, s);
         else
@@ -276,13 +282,15 @@ struct Task {
     });
   }
 
+  // row [kRowChunk]: the first tokens of the chunk (a packed one that comes next may have more); the last one repeated.
   static void row_pointers(const Chunk& c, int64_t stride, bool k_side, const uint8_t** row) {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       const uint8_t* x = (k_side ? pc.k : pc.v) + pc.token * stride;
-      for (int j = 0; j < pc.n; ++j, x += stride) row[pc.col + j] = x;
+      const int end = pc.col + pc.n < kRowChunk ? pc.col + pc.n : kRowChunk;
+      for (int j = pc.col; j < end; ++j, x += stride) row[j] = x;
     }
-    for (int j = c.n; j < kChunk; ++j) row[j] = row[c.n - 1];
+    for (int j = c.n; j < kRowChunk; ++j) row[j] = row[c.n - 1];
   }
 
   template <typename Fmt>
@@ -320,7 +328,7 @@ struct Task {
   void u8_scores(const Chunk& c, const Chunk& next) {
     float scale[kGroups * kChunk], part[kMaxRows * kChunk];
     load_scales<u8>(c, true, scale);
-    const uint8_t *row[kChunk], *ahead[kChunk];
+    const uint8_t *row[kRowChunk], *ahead[kRowChunk];
     row_pointers(c, D, true, row);
     row_pointers(next, D, true, ahead);
     for (int64_t g = 0; g < kGroups; ++g) {
@@ -331,7 +339,7 @@ struct Task {
           const F base = g ? F::load(o) : F::fill(q_mu[r]);
           fma(F::load(part + r * kChunk + j), F::load(scale + g * kChunk + j), base).store(o);
         }
-      for (int j = 0; j < kChunk; ++j) row[j] += kGroup, ahead[j] += kGroup;
+      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup, ahead[j] += kGroup;
     }
   }
 
@@ -588,7 +596,7 @@ struct Task {
     with_format(c.pool->v_format, [&](auto fmt) {
       using Fmt = decltype(fmt);
       if constexpr (!Fmt::packed) {
-        const uint8_t *row[kChunk], *ahead[kChunk];
+        const uint8_t *row[kRowChunk], *ahead[kRowChunk];
         row_pointers(c, c.pool->v_token, false, row);
         row_pointers(next, next.pool->v_token, false, ahead);
         if constexpr (same<Fmt, bf16>)
@@ -612,7 +620,7 @@ struct Task {
   void u8_accumulate(const Chunk& c, const Chunk& next, PoolState& st) {
     float scale[kGroups * kChunk], w[kMaxRows * kChunk];
     load_scales<u8>(c, false, scale);
-    const uint8_t *row[kChunk], *ahead[kChunk];
+    const uint8_t *row[kRowChunk], *ahead[kRowChunk];
     row_pointers(c, D, false, row);
     row_pointers(next, D, false, ahead);
     for (int64_t g = 0; g < kGroups; ++g) {
@@ -622,7 +630,7 @@ struct Task {
           where_positive(x, x * F::load(scale + g * kChunk + j)).store(w + r * kChunk + j);
         }
       row_accumulate<kGroup>(LoadU8{row, ahead}, c.n, w, rows, st.acc + g * kGroup, st.lanes);
-      for (int j = 0; j < kChunk; ++j) row[j] += kGroup, ahead[j] += kGroup;
+      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup, ahead[j] += kGroup;
     }
   }
 
