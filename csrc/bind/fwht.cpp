@@ -47,7 +47,11 @@ Tensor fwht(const Tensor& input, double scale) {
     x = view("x", copy);
     p.x_stride = p.n;
   }
-  Tensor out = torch::stable::new_empty(input, input.sizes());
+  int32_t dtype = 0, device = 0, index = 0;
+  aoti_torch_get_dtype(x.handle, &dtype);
+  aoti_torch_get_device_type(x.handle, &device);
+  aoti_torch_get_device_index(x.handle, &index);
+  Tensor out = empty(x.size, x.dim, dtype, device, index);
   p.rows = 1;
   for (int64_t i = 0; i < x.dim - 1; ++i) p.rows *= x.size[i];
   if (p.rows == 0) return out;
