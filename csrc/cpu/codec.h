@@ -171,6 +171,7 @@ KK_INLINE F fold(F* v, Op op) {
 // Rows that are encoded together: one per 128 bits, so that what is computed once per row (sums, roots, quotients) takes one
 // instruction for all of them and no row waits for its own.
 constexpr int kRows = F::W / 4;
+constexpr int64_t kBlock = 16;
 
 // The rest of fold_sum: lanes 4r .. 4r+3 of the result all hold the fold of the lanes of v[r].
 template <typename Op>
@@ -337,8 +338,8 @@ struct SideLayout {
   int64_t token_stride;  // bytes from token to token, 16-bit sides
 };
 
-// Row.x -> Row.side, `n` rows of one format, dtype and head_dim.
-using EncodeRows = void (*)(const Row* rows, int64_t n, const SideLayout& at);
+// Row.x -> Row.side, `n` rows of one format, dtype and head_dim. rows[n] .. rows[named - 1] come next: they are prefetched.
+using EncodeRows = void (*)(const Row* rows, int64_t n, int64_t named, const SideLayout& at);
 // Row.side -> Row.x in the user's basis: rotation and key transform undone.
 using DecodeRows = void (*)(const Row* rows, int64_t n, const SideLayout& at);
 
@@ -417,75 +418,94 @@ struct TokenRows {  // u8 u4 u3 u2
     return r.side + Fmt::scales_offset(at.page_size, D) + (r.token * groups + g) * 2;
   }
 
-  // MidRise::encode, step by step for kRows rows at a time. A short batch repeats its last row.
-  static void encode(const Row* rows, int64_t n, const SideLayout& at) {
+  // MidRise::encode, each step for up to kBlock rows before the next: the roots and quotients of one row take longer than all
+  // its other work, and here others fill the wait. A short group of kRows repeats the last row.
+  static void encode(const Row* rows, int64_t n, int64_t named, const SideLayout& at) {
+    for (int64_t first = 0; first < n; first += kBlock)
+      encode_block(rows + first, n - first < kBlock ? n - first : kBlock, named - first, at);
+  }
+
+  static void encode_block(const Row* rows, int64_t n, int64_t named, const SideLayout& at) {
     const auto plus = [](F a, F b) { return a + b; };
     const auto larger = [](F a, F b) { return max(a, b); };
-    for (int64_t first = 0; first < n; first += kRows) {
-      const auto row = [&](int r) -> const Row& { return rows[first + r < n ? first + r : n - 1]; };
-      alignas(64) float x[kRows][D];
-      F sums[groups][kRows], tops[groups][kRows];
-      for (int r = 0; r < kRows; ++r) {
-        if (first + r + kRows < n) {
-          const uint8_t* next = rows[first + r + kRows].x;
-          for (int64_t i = 0; i < D * kElementBytes<T>; i += 64) __builtin_prefetch(next + i);
-        }
-        F v[N];
-        load_rotated<T, N>(row(r).x, row(r).transform, v);
-        each<N>([&](auto i) { v[i].store(x[r] + i * F::W); });
-        each<groups>([&](auto g) {
-          F t[M];
-          each<M>([&](auto i) { t[i] = v[g * M + i] * v[g * M + i]; });
-          sums[g][r] = fold<M>(t, plus);
-          if constexpr (!Grid::from_rms) {
-            each<M>([&](auto i) { t[i] = abs(v[g * M + i]); });
-            tops[g][r] = fold<M>(t, larger);
-          }
-        });
+    const auto row = [&](int64_t r) -> const Row& { return rows[r < n ? r : n - 1]; };
+    const int64_t whole = (n + kRows - 1) / kRows * kRows;
+    alignas(64) float x[kBlock][D], inv[groups][kBlock * 4];
+    F sums[groups][kBlock], tops[groups][kBlock];  // later: sums of x c and of c c
+
+    for (int64_t r = 0; r < whole; ++r) {
+      if (r + kBlock < named) {
+        const Row& next = rows[r + kBlock];
+        for (int64_t i = 0; i < D * kElementBytes<T>; i += 64) __builtin_prefetch(next.x + i);
+        __builtin_prefetch(low(next), 1);
+        __builtin_prefetch(scale(next, at, 0), 1);
       }
-      for (int g = 0; g < groups; ++g) {
-        const F sum = fold_rows(sums[g], plus);
-        if (__builtin_expect(!all_finite(sum * F::fill(1e26f)),
-                             0)) {  // NaN, Inf, or a norm past 1e6, where |c| < 2^31 would end
-          for (int r = 0; r < kRows; ++r) Fmt::encode(Side::K, x[r], row(r).token, 1, row(r).side, at.page_size, D);
-          break;
+      F v[N];
+      load_rotated<T, N>(row(r).x, row(r).transform, v);
+      each<N>([&](auto i) { v[i].store(x[r] + i * F::W); });
+      each<groups>([&](auto g) {
+        F t[M];
+        each<M>([&](auto i) { t[i] = v[g * M + i] * v[g * M + i]; });
+        sums[g][r] = fold<M>(t, plus);
+        if constexpr (!Grid::from_rms) {
+          each<M>([&](auto i) { t[i] = abs(v[g * M + i]); });
+          tops[g][r] = fold<M>(t, larger);
         }
+      });
+    }
+
+    bool ordinary = true;
+    for (int g = 0; g < groups; ++g)
+      for (int64_t r = 0; r < whole; r += kRows) {
+        const F sum = fold_rows(sums[g] + r, plus);
+        ordinary &= all_finite(sum * F::fill(1e26f));
         F base;
         if constexpr (Grid::from_rms)
           base = sqrt(sum * F::fill(1.0f / (M * F::W)));
         else
-          base = fold_rows(tops[g], larger);
+          base = fold_rows(tops[g] + r, larger);
         const F start = min(max(base * F::fill(Grid::start), F::fill(kTinyScale)), F::fill(kMaxScale));
-        alignas(64) float inv[F::W];
-        (F::fill(1.0f) / start).store(inv);
-        F nums[kRows], dens[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          const F inv_r = F::fill(inv[4 * r]);
-          F t[M], den = F::zero();
-          each<M>([&](auto i) {
-            const F v = F::load(x[r] + (g * M + i) * F::W), level = grid_level<B>(v * inv_r);
-            t[i] = v * level;
-            den = fma(level, level, den);  // exact, so fusing changes nothing
-          });
-          nums[r] = fold<M>(t, plus);
-          dens[r] = den;
-        }
-        alignas(64) uint16_t half[F::W];
-        min(fold_rows(nums, plus) / fold_rows(dens, plus), F::fill(kMaxScale)).store_f16(half);
-        const F s = F::load_f16(half);
-        where_positive(s, F::fill(1.0f) / s).store(inv);
-        for (int r = 0; r < kRows; ++r) {
-          store_u16(half[4 * r], scale(row(r), at, g));
-          const F inv_r = F::fill(inv[4 * r]);
-          uint8_t *low_g = low(row(r)) + g * (M * F::W / 8) * Fmt::low_bits,
-                  *high_g = high(row(r), at) + g * (M * F::W / 8);
-          each<M / 4>([&](auto i) {
-            F c[4];
-            each<4>([&](auto j) { c[j] = F::load(x[r] + (g * M + i * 4 + j) * F::W) * inv_r; });
-            pack_codes<B>(c, low_g + i * (F::W / 2) * Fmt::low_bits, high_g + i * (F::W / 2));
-          });
-        }
+        (F::fill(1.0f) / start).store(inv[g] + 4 * r);
       }
+    if (!ordinary) {  // NaN, Inf, or a norm past 1e6, where codes before the clamp could pass 2^31
+      for (int64_t r = 0; r < n; ++r) Fmt::encode(Side::K, x[r], rows[r].token, 1, rows[r].side, at.page_size, D);
+      return;
+    }
+
+    for (int64_t r = 0; r < whole; ++r)
+      each<groups>([&](auto g) {
+        const F inv_r = F::fill(inv[g][4 * r]);
+        F t[M], den = F::zero();
+        each<M>([&](auto i) {
+          const F v = F::load(x[r] + (g * M + i) * F::W), level = grid_level<B>(v * inv_r);
+          t[i] = v * level;
+          den = fma(level, level, den);  // exact, so fusing changes nothing
+        });
+        sums[g][r] = fold<M>(t, plus);
+        tops[g][r] = den;
+      });
+
+    for (int g = 0; g < groups; ++g)
+      for (int64_t r = 0; r < whole; r += kRows) {
+        alignas(64) uint16_t half[F::W];
+        min(fold_rows(sums[g] + r, plus) / fold_rows(tops[g] + r, plus), F::fill(kMaxScale)).store_f16(half);
+        const F s = F::load_f16(half);
+        where_positive(s, F::fill(1.0f) / s).store(inv[g] + 4 * r);
+        for (int64_t i = 0; i < kRows; ++i) store_u16(half[4 * i], scale(row(r + i), at, g));
+      }
+
+    for (int64_t r = 0; r < n; ++r) {
+      uint8_t *low_r = low(rows[r]), *high_r = high(rows[r], at);
+      each<groups>([&](auto g) {
+        const F inv_r = F::fill(inv[g][4 * r]);
+        each<M / 4>([&](auto j) {
+          constexpr int unit = F::W / 2;  // bytes that 4 W codes take, per bit of a code
+          const int64_t q = g * (M / 4) + j;
+          F c[4];
+          each<4>([&](auto i) { c[i] = F::load(x[r] + (q * 4 + i) * F::W) * inv_r; });
+          pack_codes<B>(c, low_r + q * unit * Fmt::low_bits, high_r + q * unit);
+        });
+      });
     }
   }
 
@@ -506,10 +526,18 @@ struct TokenRows {  // u8 u4 u3 u2
 
 template <DType To, DType T>
 struct PlainRows {  // bf16 f16; head_dim a multiple of 16
-  static void encode(const Row* rows, int64_t n, const SideLayout& at) {
-    for (const Row* r = rows; r < rows + n; ++r)
+  static void encode(const Row* rows, int64_t n, int64_t named, const SideLayout& at) {
+    for (int64_t r = 0; r < n; ++r) {
+      uint8_t* side = rows[r].side + rows[r].token * at.token_stride;
+      if (r + kBlock < named) {
+        const Row& next = rows[r + kBlock];
+        uint8_t* next_side = next.side + next.token * at.token_stride;
+        for (int64_t i = 0; i < at.head_dim * kElementBytes<T>; i += 64) __builtin_prefetch(next.x + i);
+        for (int64_t i = 0; i < at.head_dim * 2; i += 64) __builtin_prefetch(next_side + i, 1);
+      }
       for (int64_t i = 0; i < at.head_dim; i += F::W)
-        store<To>(load<T>(r->x + i * kElementBytes<T>), r->side + r->token * at.token_stride + i * 2);
+        store<To>(load<T>(rows[r].x + i * kElementBytes<T>), side + i * 2);
+    }
   }
   static void decode(const Row* rows, int64_t n, const SideLayout& at) {
     for (const Row* r = rows; r < rows + n; ++r)
@@ -544,7 +572,7 @@ struct Kivi2Values {
     return r.side + kivi2::zero_offset(Side::V, at.page_size, D) + r.token * groups * 2;
   }
 
-  static void encode(const Row* rows, int64_t n, const SideLayout& at) {
+  static void encode(const Row* rows, int64_t n, int64_t, const SideLayout& at) {
     for (const Row* r = rows; r < rows + n; ++r) {
       F c[N];
       for (int g = 0; g < groups; ++g) {

@@ -24,7 +24,7 @@ SidePair side_pair(const PackPagesParams& p, Side side) {
 }
 
 void pack_side(const SidePair& s, int64_t from, int64_t to, int64_t head) {
-  constexpr int64_t batch = 8;
+  constexpr int64_t batch = 16;
   const SideLayout& layout = s.src.layout;
   if (!s.encode) {
     const auto load_token = [&](int64_t token, float* x) {
@@ -46,7 +46,7 @@ void pack_side(const SidePair& s, int64_t from, int64_t to, int64_t head) {
       dst[i] = s.dst.row(to, head, token + i, row);
     }
     s.decode(src, n, layout);
-    s.encode(dst, n, s.dst.layout);
+    s.encode(dst, n, n, s.dst.layout);
   }
 }
 

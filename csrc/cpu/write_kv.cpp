@@ -24,23 +24,25 @@ void write_kv_cpu(const WriteKvParams& p, const CpuExec& exec) {
   uint8_t* v = static_cast<uint8_t*>(const_cast<void*>(p.v));
   const int64_t rows_per_thread = 512;  // about 20 us
   split(exec, p.T, (rows_per_thread + 2 * p.Hkv - 1) / (2 * p.Hkv), [&](int64_t begin, int64_t end) {
-    Row k_rows[kRowBatch], v_rows[kRowBatch];
-    int64_t n = 0;
-    const auto flush = [&] {
-      encode_k(k_rows, n, k_side.layout);
-      encode_v(v_rows, n, v_side.layout);
-      n = 0;
+    Row k_rows[2 * kRowBatch], v_rows[2 * kRowBatch];
+    int64_t named = 0;
+    const auto encode = [&](int64_t n) {
+      encode_k(k_rows, n, named, k_side.layout);
+      encode_v(v_rows, n, named, v_side.layout);
+      named -= n;
+      memmove(k_rows, k_rows + n, static_cast<size_t>(named) * sizeof(Row));
+      memmove(v_rows, v_rows + n, static_cast<size_t>(named) * sizeof(Row));
     };
     for (int64_t i = begin; i < end; ++i) {
       if (p.slots[i] < 0) continue;
       const int64_t page = p.slots[i] / p.page_size, token = p.slots[i] % p.page_size;
       for (int64_t h = 0; h < p.Hkv; ++h) {
-        k_rows[n] = k_side.row(page, h, token, k + (i * p.k_token + h * p.k_head) * element);
-        v_rows[n] = v_side.row(page, h, token, v + (i * p.v_token + h * p.v_head) * element);
-        if (++n == kRowBatch) flush();
+        k_rows[named] = k_side.row(page, h, token, k + (i * p.k_token + h * p.k_head) * element);
+        v_rows[named] = v_side.row(page, h, token, v + (i * p.v_token + h * p.v_head) * element);
+        if (++named == 2 * kRowBatch) encode(kRowBatch);
       }
     }
-    flush();
+    encode(named);
   });
 }
 

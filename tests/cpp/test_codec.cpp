@@ -1,5 +1,5 @@
 // The SIMD row functions and the ops built on them against the scalar definitions in include/, bit for bit. Torch-free;
-// compiled once per ISA (tests/test_cpp.py has the command). Prints the first differences and exits 1 if there are any.
+// built once per ISA (CMake: KVKERNELS_TESTS). Prints the first differences and exits 1 if there are any.
 #include <cmath>
 #include <cstdio>
 #include <random>
