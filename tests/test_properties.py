@@ -1,0 +1,229 @@
+"""Laws that hold for any sizes, with sizes drawn by hypothesis."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_as_good_as
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import kvkernels as kk
+from kvkernels.ops import OPS
+
+settings.register_profile(
+    "kvkernels", deadline=None, max_examples=80, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+settings.load_profile("kvkernels")
+
+NAMES = [f.name for f in kk.formats()]
+PAIRS = [f"{k}/{v}" if k != v else k for k in NAMES for v in NAMES]
+TOKEN_WISE = [name for name in PAIRS if not kk.format(name).whole_pages]
+attention, merge = OPS["quant_attention"], OPS["merge_states"]
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn, names: list[str] = PAIRS, Tq: int = 16) -> dict[str, Any]:
+    """Any mix of formats, ragged lengths around page and interval borders, any options."""
+    formats = tuple(draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)))
+    packed = any(kk.format(name).packed for name in formats)
+    page_size = draw(st.sampled_from((16, 32, 48, 128) if packed else (1, 2, 7, 16, 33, 64)))
+    length = st.integers(0, 3 * page_size + 40) | st.sampled_from((page_size, 2 * page_size, 257))
+    heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    case: dict[str, Any] = {
+        "formats": formats,
+        "page_size": page_size,
+        "lens": tuple(draw(st.lists(length, min_size=1, max_size=4))),
+        "D": draw(st.sampled_from((64, 128, 256) if packed else (64, 80, 96, 112, 128, 192, 256))),
+        "Hkv": heads,
+        "Hq": heads * group,
+        "Tq": draw(st.integers(1, Tq)),
+        "dtype": draw(st.sampled_from(("float32", "float16", "bfloat16"))),
+        "transform": draw(st.booleans()),
+    }
+    for name, values in (
+        ("window", st.integers(0, 200)),
+        ("softcap", st.floats(0.5, 50.0)),
+        ("sinks", st.just(True)),
+        ("alibi", st.sampled_from((1, 2))),
+        ("split_tokens", st.integers(1, 12).map(lambda n: 16 * n)),
+    ):
+        if draw(st.integers(0, 3)) == 0:
+            case[name] = draw(values)
+    return case
+
+
+@settings(max_examples=200)
+@given(case=attention_cases(), seed=st.integers(0, 1000), n=st.sampled_from((1, 2)))
+def test_attention_is_the_reference(case: dict[str, Any], seed: int, n: int) -> None:
+    args, options = attention.make(case, seed)
+    torch.set_num_threads(n)
+    got = kk.quant_attention(*args, **options)
+    torch.set_num_threads(1)
+    exact = attention.reference(*args, **options)
+    plain = attention.reference(*args, **options, dtype=got[0].dtype)
+    for i in (0, 1):
+        # A sequence of one token has one score, which plain PyTorch may hit by luck: allow the rounding of its terms,
+        # q.mu among them, which are ten times the score.
+        assert_as_good_as(got[i], plain[i], exact[i], ("out", "lse")[i], tiny=1e-5)
+
+
+@given(case=attention_cases(), seed=st.integers(0, 1000))
+def test_sixteen_bit_queries_cost_the_rounding_of_the_result(case: dict[str, Any], seed: int) -> None:
+    """A sharper bound than plain PyTorch's error in that dtype: q is exact in float32, only `out` is rounded."""
+    case = {**case, "dtype": "bfloat16"}
+    args, options = attention.make(case, seed)
+    got = kk.quant_attention(*args, **options)
+    exact = attention.reference(*args, **options)
+    scale = max(1.0, exact[0].abs().max().item())
+    assert (got[0].double() - exact[0]).abs().max() <= scale * (2**-8 + 1e-3)
+    seen = exact[1].isfinite()
+    assert torch.equal(got[1].isfinite(), seen)
+    torch.testing.assert_close(got[1][seen].double(), exact[1][seen], rtol=1e-3, atol=1e-3)
+
+
+@given(case=attention_cases(Tq=1), cut=st.integers(0, 400), seed=st.integers(0, 1000))
+def test_any_cut_merges_to_the_whole(case: dict[str, Any], cut: int, seed: int) -> None:
+    """Attention over the first pages and over the rest, merged, is attention over all."""
+    for option in ("window", "alibi", "sinks"):  # these look at the sequence as a whole
+        case.pop(option, None)
+    case["dtype"] = "float32"
+    (q, kv, table, lens), options = attention.make(case, seed)
+    out, lse = kk.quant_attention(q, kv, table, lens, **options)
+    pages = torch.minimum(torch.full_like(lens, cut // case["page_size"]), lens // case["page_size"])
+    head = (pages * case["page_size"]).int()
+    rest = torch.stack([row.roll(-int(n)) for row, n in zip(table, pages)])
+    parts = [kk.quant_attention(q, kv, table, head, **options), kk.quant_attention(q, kv, rest, lens - head, **options)]
+    merged = kk.merge_states([p[0] for p in parts], [p[1] for p in parts])
+    torch.testing.assert_close(merged[0], out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged[1], lse, rtol=1e-4, atol=1e-4)
+
+
+@given(case=attention_cases(), seed=st.integers(0, 1000))
+def test_where_pages_lie_does_not_matter(case: dict[str, Any], seed: int) -> None:
+    """Other physical pages, a wider table: the same bits."""
+    (q, kv, table, lens), options = attention.make(case, seed)
+    want = kk.quant_attention(q, kv, table, lens, **options)
+    pools, moved = [], table.clone()
+    for i, pool in enumerate(kv.pools):
+        assert isinstance(pool, torch.Tensor)
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed + i))
+        pools.append(pool[order])
+        where = (table >> 28) == i
+        where &= table != 0x7FFFFFFF
+        moved[where] = (i << 28 | order.argsort()[table[where].long() & 0x0FFFFFFF]).int()
+    wide = torch.cat([moved, torch.full((len(lens), 5), -1, dtype=torch.int32)], 1)[:, : table.shape[1] + 3]
+    got = kk.quant_attention(q, kv._replace(pools=tuple(pools)), wide, lens, **options)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@given(
+    name=st.sampled_from(TOKEN_WISE),
+    D=st.sampled_from((64, 128, 256)),
+    T=st.integers(0, 70),
+    heads=st.integers(1, 3),
+    page_size=st.sampled_from((16, 32, 80)),
+    dtype=st.sampled_from(("float32", "float16", "bfloat16")),
+    scale=st.sampled_from((0.0, 1e-30, 1e-6, 1.0, 1e4, 1e30)),
+    seed=st.integers(0, 1000),
+)
+def test_write_kv_writes_the_definition(
+    name: str, D: int, T: int, heads: int, page_size: int, dtype: str, scale: float, seed: int
+) -> None:
+    """Bytes of the reference, in any order and any number of calls; other tokens untouched; read_kv gives them back."""
+    case = {"format": name, "D": D, "T": T, "Hkv": heads, "page_size": page_size, "dtype": dtype, "transform": seed % 2}
+    write = OPS["write_kv"]
+    (k, v, kv, pool, slots), _ = write.make(case, seed)
+    k, v = k * scale, v * scale
+    start = kv.pools[0].clone()
+    write.reference(k, v, kv, pool, slots)
+    want = kv.pools[0].clone()
+    kv.pools[0].copy_(start)
+    kk.write_kv(k, v, kv, pool, slots)
+    assert torch.equal(kv.pools[0], want)
+    kv.pools[0].copy_(start)
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(seed))
+    for part in order.split(max(1, T // 3)) if T else ():
+        kk.write_kv(k[part], v[part], kv, pool, slots[part])
+    assert torch.equal(kv.pools[0], want)
+    got = kk.read_kv(kv, pool, slots)
+    exact = OPS["read_kv"].reference(kv, pool, slots, dtype=torch.float32)
+    for mine, truth in zip(got, exact):
+        torch.testing.assert_close(mine, truth, rtol=0, atol=0, equal_nan=True)
+
+
+@given(
+    src=st.sampled_from(PAIRS),
+    dst=st.sampled_from(PAIRS),
+    D=st.sampled_from((64, 128, 256)),
+    N=st.integers(0, 9),
+    heads=st.integers(1, 3),
+    page_size=st.sampled_from((16, 48, 64)),
+    seed=st.integers(0, 1000),
+)
+def test_pack_pages_writes_the_definition(
+    src: str, dst: str, D: int, N: int, heads: int, page_size: int, seed: int
+) -> None:
+    pack = OPS["pack_pages"]
+    case = {"src": src, "dst": dst, "D": D, "N": N, "Hkv": heads, "page_size": page_size, "transform": seed % 2}
+    args, _ = pack.make(case, seed)
+    pack.reference(*args)
+    want = args[0].pools[1].clone()
+    args, _ = pack.make(case, seed)
+    kk.pack_pages(*args)
+    assert torch.equal(args[0].pools[1], want)
+
+
+@given(S=st.integers(1, 6), N=st.integers(1, 20), D=st.integers(1, 140), seed=st.integers(0, 1000))
+def test_merging_is_associative(S: int, N: int, D: int, seed: int) -> None:
+    (outs, lses), _ = merge.make({"S": S, "N": (N,), "D": D, "dtype": "float32", "empty": seed % 2}, seed)
+    want = kk.merge_states(outs, lses)
+    out, lse = outs[0], lses[0]
+    for i in range(1, S):
+        out, lse = kk.merge_states([out, outs[i]], [lse, lses[i]])
+    if S == 1:
+        out, lse = kk.merge_states([out], [lse])
+    torch.testing.assert_close(out, want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, want[1], rtol=1e-5, atol=1e-5)
+
+
+@given(
+    odd=st.sampled_from((1, 12, 20, 28)),
+    k=st.integers(0, 7),
+    rows=st.integers(0, 9),
+    dtype=st.sampled_from(("float32", "float16", "bfloat16", "float64")),
+    seed=st.integers(0, 1000),
+)
+def test_fwht_is_the_matrix_and_its_own_inverse(odd: int, k: int, rows: int, dtype: str, seed: int) -> None:
+    (x,), _ = OPS["fwht"].make({"rows": (rows,), "n": odd << k, "dtype": dtype}, seed)
+    got = kk.fwht(x)
+    exact = OPS["fwht"].reference(x)
+    plain = OPS["fwht"].reference(x, dtype=x.dtype)
+    assert_as_good_as(got, plain, exact)
+    if dtype in ("float32", "float64"):
+        torch.testing.assert_close(kk.fwht(got), x)
+
+
+@pytest.mark.parametrize("name", ["u8", "u4", "u3", "u2", "kivi2"])
+def test_odd_values_have_defined_results(name: str) -> None:
+    """Constant, zero, huge, tiny, NaN and Inf tokens: what the definition says, and nothing leaks to other tokens."""
+    page = torch.randn(1, 64, 2, 128, generator=torch.Generator().manual_seed(0))
+    for token, value in enumerate((0.0, -0.0, 3.0, 1e-30, 1e30, 3e38, float("nan"), float("inf"), -float("inf"))):
+        page[:, token] = value
+    page[:, 12, :, 5] = float("nan")
+    wide = kk.PagedKV.empty(["bf16", name], 1, 2, 128, 64)
+    k = page[0].transpose(0, 1)[None].bfloat16()
+    wide.pools[0].copy_(torch.stack((k, k), 2).flatten(2).view(torch.uint8))
+    pairs = torch.zeros(1, 2, dtype=torch.int32)
+    OPS["pack_pages"].reference(wide, 0, 1, pairs)
+    want = wide.pools[1].clone()
+    wide.pools[1].zero_()
+    kk.pack_pages(wide, 0, 1, pairs)
+    assert torch.equal(wide.pools[1], want)
+    got = kk.read_kv(wide, 1, torch.arange(64))
+    exact = OPS["read_kv"].reference(wide, 1, torch.arange(64), dtype=torch.float32)
+    for mine, truth in zip(got, exact):
+        torch.testing.assert_close(mine, truth, rtol=0, atol=0, equal_nan=True)
+    assert got[1][20:].isfinite().all()
