@@ -340,12 +340,12 @@ struct Digits {
     }
     d[0] = rest;
   }
-  // What `join` subtracts: level of code 0, times the sum of the numbers whose digits are summed in `d`.
-  static void offsets(const I* d, float level, float* offset) {
+  // Sums of the digits, joined as far as `join` joins them. What it subtracts is the mean code times this.
+  static void add_up(const I* d, float* mass) {
     if constexpr (N == 2)
-      offset[0] = level * (d[0].template sll<7>() + d[1]).to_float().fold_sum();
+      mass[0] = (d[0].template sll<7>() + d[1]).to_float().fold_sum();
     else
-      for (int i = 0; i < N; ++i) offset[i] = level * d[i].to_float().fold_sum();
+      for (int i = 0; i < N; ++i) mass[i] = d[i].to_float().fold_sum();
   }
   static F join(const int32_t* sums, int64_t ld, const float* offset) {
     if constexpr (N == 2) {

@@ -142,9 +142,12 @@ struct Task {
     int64_t lanes;
     bool acc_used, words_ready;
   } state[kMaxPools];
-  static constexpr int kMaxLines = kChunk * D / 64 + 64;  // 4-bit K and V, and scales that begin anywhere
-  const uint8_t* line[kMaxLines];                         // of the next chunk
-  int num_lines, next_line;
+  struct Range {
+    const uint8_t *at, *end;
+  };
+  static constexpr int kMaxRanges = 6 * kChunk / kTile;  // of the next chunk: up to three in each side of its pages
+  Range range[kMaxRanges];
+  int num_ranges, this_range;
   bool rot_ready = false;
   const float* slopes = nullptr;  // ALiBi slopes of this task's query group
 
@@ -378,7 +381,9 @@ struct Task {
             dig[d].store_bytes(digit[d] + i);
           }
         }
-        Digits<DIGITS>::offsets(sum, Fmt::Grid::offset, st.offset + (r * kGroups + g) * DIGITS);
+        float* offset = st.offset + (r * kGroups + g) * DIGITS;
+        Digits<DIGITS>::add_up(sum, offset);
+        for (int d = 0; d < DIGITS; ++d) offset[d] *= Fmt::Grid::offset;
       }
       for (int d = 0; d < DIGITS; ++d)
         for (int64_t g = 0; g < kGroups; ++g) {
@@ -416,7 +421,7 @@ struct Task {
         const int32_t* words = st.words + r * DIGITS * ldw + g * planes * quads;
         for (int v = 0; v < vectors; v += T) {
           alignas(64) int32_t sums[M][T * I::W];
-          prefetch(8);
+          prefetch(T * I::W / 2);
           const uint8_t *rows_low[T], *rows_high[T];
           for (int t = 0; t < T; ++t) rows_low[t] = low[v + t] + g * low_group, rows_high[t] = high[v + t] + g * (kGroup / 8);
           Plane<Fmt::low_bits, 0>::template dot_k<M, T>(rows_low, low_row, low_group, words, ldw, sums[0], T * I::W, false);
@@ -463,20 +468,22 @@ struct Task {
         constexpr int R = n_rows.value, N = n_digits.value;
         alignas(64) uint8_t words[R * N][kChunk];
         alignas(64) int32_t ints[R * N][kGroup];
-        float step[R], offset[R][N];
-        for (int i = 0; i < R; ++i)
-          step[i] = weigh<N>(s + (r + i) * kChunk, scale + g * kChunk, cols, Fmt::Grid::offset, words[i * N], offset[i]);
+        float step[R], mass[R][N];
+        for (int i = 0; i < R; ++i) step[i] = weigh<N>(s + (r + i) * kChunk, scale + g * kChunk, cols, words[i * N], mass[i]);
         for (int plane = 0; plane < planes; ++plane) {
           const int64_t lane0 = plane * D + g * kGroup;
+          // The mean code of the plane; 3.5 is 1.5 + 2. Sums of what differs from it stay small, so fp32 holds them well.
+          const float level = planes == 1 ? Fmt::Grid::offset : plane == 0 ? 1.5f : 2.0f;
           dot4<kMaxCode<Fmt>, R * N, N == 1>(codes + lane0 * 4, lanes * 4, kGroup, cols / 4,
                                              reinterpret_cast<const int32_t*>(words[0]), quads, ints[0], kGroup);
-          const float none[N] = {};
-          for (int i = 0; i < R; ++i)
+          for (int i = 0; i < R; ++i) {
+            float offset[N];
+            for (int d = 0; d < N; ++d) offset[d] = level * mass[i][d];
             for (int64_t j = 0; j < kGroup; j += F::W) {
               float* o = st.acc + (r + i) * st.lanes + lane0 + j;
-              const F v = Digits<N>::join(ints[i * N] + j, kGroup, plane == 0 ? offset[i] : none);
-              fma(v, F::fill(step[i]), F::load(o)).store(o);
+              fma(Digits<N>::join(ints[i * N] + j, kGroup, offset), F::fill(step[i]), F::load(o)).store(o);
             }
+          }
         }
       };
       int r = 0;
@@ -500,9 +507,9 @@ struct Task {
   // weights beside a large one would lose theirs, so they get 15.
   bool light(int r) const { return p.dtype == DType::bf16 && p_top[r] * 64.0f < l[r]; }
 
-  // N digits of w = p * scale, four tokens to a word; returns the value of the last digit.
+  // N digits of w = p * scale, four tokens to a word, and what they add up to; returns the value of the last digit.
   template <int N>
-  static float weigh(const float* prob, const float* scale, int64_t cols, float level, uint8_t* words, float* offset) {
+  static float weigh(const float* prob, const float* scale, int64_t cols, uint8_t* words, float* mass) {
     F w[kChunk / F::W], top = F::zero(), total = F::zero();
     for (int64_t j = 0; j < cols; j += F::W) {
       const F x = F::load(prob + j);
@@ -522,7 +529,7 @@ struct Task {
         dig[d].store_bytes(words + d * kChunk + j);
       }
     }
-    Digits<N>::offsets(sums, level, offset);
+    Digits<N>::add_up(sums, mass);
     return all_finite(total) ? biggest / Digits<N>::top : NAN;  // a NaN scale must not get lost among the digits
   }
 #endif
@@ -643,28 +650,26 @@ struct Task {
       Chunk &c = chunk[i & 1], &next = chunk[(i + 1) & 1];
       pos = c.start + c.n;
       const Chunk& ahead = pos < end ? (next_chunk(next, b, h, pos, end), next) : c;
-      num_lines = next_line = 0;
-      if (pos < end && packed(*ahead.pool)) list_lines(ahead);
+      num_ranges = this_range = 0;
+      if (pos < end && packed(*ahead.pool)) list_ranges(ahead);
       scores(c, ahead, h);
       softmax(c);
       accumulate(c, ahead);
-      prefetch(kMaxLines);
+      prefetch(kChunk * D / 64);
     }
     finish();
   }
 
-  // The cache lines of a packed chunk: some 140 at 2 bits. Asked for at once they would wait for each other and the dot
+  // Where a packed chunk lies: some 140 cache lines at 2 bits. Asked for at once they would wait for each other and the dot
   // products for them all, so prefetch() is called where there is work to do meanwhile.
-  void list_lines(const Chunk& c) {
-    num_lines = next_line = 0;
-    const auto add = [&](const uint8_t* x, int64_t bytes) {
-      for (const uint8_t* end = x + bytes; x < end && num_lines < kMaxLines; x += 64) line[num_lines++] = x;
-    };
+  void list_ranges(const Chunk& c) {
+    num_ranges = this_range = 0;
+    const auto add = [&](const uint8_t* x, int64_t bytes) { range[num_ranges++] = {x, x + bytes}; };
     for (int side = 0; side < 2; ++side)
       with_format(side == 0 ? c.pool->k_format : c.pool->v_format, [&](auto fmt) {
         using Fmt = decltype(fmt);
         if constexpr (Fmt::rotated && Fmt::bits <= 4)
-          for (int i = 0; i < c.pieces; ++i) {
+          for (int i = 0; i < c.pieces && num_ranges + 3 <= kMaxRanges; ++i) {
             const Piece& pc = c.piece[i];
             const uint8_t* x = side == 0 ? pc.k : pc.v;
             add(x + pc.token * (D * Fmt::low_bits / 8), pc.n * (D * Fmt::low_bits / 8));
@@ -673,8 +678,14 @@ struct Task {
           }
       });
   }
-  void prefetch(int n) {
-    for (; n > 0 && next_line < num_lines; --n) __builtin_prefetch(line[next_line++], 0, 3);
+  void prefetch(int lines) {
+    while (lines > 0 && this_range < num_ranges) {
+      Range& r = range[this_range];
+      const uint8_t* x = r.at;
+      for (; lines > 0 && x < r.end; --lines, x += 64) __builtin_prefetch(x, 0, 3);
+      r.at = x;
+      if (x >= r.end) ++this_range;
+    }
   }
 
   void next_chunk(Chunk& c, int64_t b, int64_t h, int64_t pos, int64_t end) {

@@ -135,9 +135,9 @@ inline void bf16_scores(const LoadBf16& load, int n, const uint16_t* q, float sc
 
 template <int R, int NV, typename Load>
 inline void row_accumulate_block(const Load& load, int n, int64_t i, const float* p, float* acc, int64_t lda) {
-  F a[R][NV];
+  F a[R][NV];  // a chunk's sum is made apart and added once: the rounding error grows with chunks, not with tokens
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < NV; ++j) a[r][j] = F::load(acc + r * lda + i + j * F::W);
+    for (int j = 0; j < NV; ++j) a[r][j] = F::zero();
   for (int c = 0; c < n; ++c) {
     F v[NV];
     for (int j = 0; j < NV; ++j) {
@@ -150,7 +150,10 @@ inline void row_accumulate_block(const Load& load, int n, int64_t i, const float
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < NV; ++j) a[r][j].store(acc + r * lda + i + j * F::W);
+    for (int j = 0; j < NV; ++j) {
+      float* o = acc + r * lda + i + j * F::W;
+      (F::load(o) + a[r][j]).store(o);
+    }
 }
 
 // acc[r][i] += sum over c < n of p[r][c] * row c [i], i < N
