@@ -92,14 +92,19 @@ wheel: build
 audit: wheel env-audit
 	@$(PY) tools/audit_wheel.py dist/*.whl
 
+# The preloads: the library's sanitizer must be the first thing in the process, and it looks for libstdc++ at once.
 asan: env-test build
 	@cmake --preset asan -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKVKERNELS_TESTS=ON --log-level=NOTICE
 	@cmake --build --preset asan
-	@$(CTEST) build/asan -R "_($$($(ISAS) | tr ' ' '|'))$$"
-	@lib() { realpath "$$($(CXX) -print-file-name=$$1)"; } && \
-	LD_PRELOAD="$$(lib libasan.so) $$(lib libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so $(PY) -m pytest -q -m 'not once' $(ARGS)
+	@lib() { realpath "$$($(CXX) -print-file-name=$$1)"; } && isas=$$($(ISAS)) && \
+	echo "== C++ tests: $$isas" && \
+	$(CTEST) build/asan -R "_($$(echo $$isas | tr ' ' '|'))$$" && \
+	for isa in $$isas; do \
+	  echo "== pytest, sanitized, KVKERNELS_ISA=$$isa" && \
+	  LD_PRELOAD="$$(lib libasan.so) $$(lib libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  KVKERNELS_ISA=$$isa KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so $(PY) -m pytest -q -m 'not once' $(ARGS) || exit 1; \
+	done
 
 lint: env-lint
 	@$(PY) -m ruff check .
