@@ -105,7 +105,7 @@ void decode_stored(Side side_kind, const uint8_t* side, int64_t token, int64_t p
   }
 }
 
-// ---- one task -------------------------------------------------------------------------------------------------------------
+// ---- one task
 
 // Tokens that lie together in one page.
 struct Piece {
@@ -583,9 +583,11 @@ struct Task {
 
   void cap_scores(float* x, int64_t cols) {
     for (int64_t j = 0; j < cols; j += F::W) {
-      const F v = F::load(x + j) * F::fill(1.0f / p.softcap), e = exp_neg(abs(v) * F::fill(-2.0f));
+      // bounded, so that v - v below is 0 for an infinite score and NaN for a NaN alone
+      const F v = min(F::fill(1e30f), max(F::fill(-1e30f), F::load(x + j) * F::fill(1.0f / p.softcap)));
+      const F e = exp_neg(abs(v) * F::fill(-2.0f));
       const F tanh_abs = (F::fill(1.0f) - e) / (F::fill(1.0f) + e) * F::fill(p.softcap);
-      (where_positive(v, tanh_abs) - where_positive(F::zero() - v, tanh_abs) + (v - v)).store(x + j);  // v - v keeps NaN
+      (where_positive(v, tanh_abs) - where_positive(F::zero() - v, tanh_abs) + (v - v)).store(x + j);
     }
   }
 
@@ -752,7 +754,7 @@ struct Task {
   }
 };
 
-// ---- results --------------------------------------------------------------------------------------------------------
+// ---- results
 
 // Query head `head` of token t: out = sum * f.
 void store_out(const QuantAttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float f) {
@@ -787,7 +789,7 @@ void write_row(const QuantAttentionParams& p, int64_t b, int64_t t, int64_t head
   if (p.lse) p.lse[(b * p.Tq + t) * p.Hq + head] = lse;
 }
 
-// ---- schedule -------------------------------------------------------------------------------------------------------
+// ---- schedule
 
 // Below this many (token, KV head) pairs waking other threads costs more than it saves: about 20 us of work.
 constexpr int64_t kSerialTokens = 2048;
