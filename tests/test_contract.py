@@ -130,20 +130,20 @@ def test_one_pool_in_two_halves_merges_to_the_whole() -> None:
     torch.testing.assert_close(merged[1], lse, rtol=1e-5, atol=1e-5)
 
 
-def one_case(name: str) -> list[Case]:
-    """A plain case and the richest one."""
-    cases = [
-        c for c in OPS[name].cases() if 0 not in (c.get("T"), c.get("N"), c.get("S")) and 0 not in c.get("rows", ())
-    ]
-    return [cases[0], max(cases, key=len)]
+def some_cases(name: str) -> list[Case]:
+    """A plain case, one with two separate caches where the op takes them, and the richest."""
+    cases = [c for c in OPS[name].cases() if 0 not in (c.get("T"), c.get("N"), c.get("S"), *c.get("rows", ()))]
+    return [cases[0], *[c for c in cases if "NHD" in str(c)][:1], max(cases, key=len)]
+
+
+SOME = [(name, case) for name in OPS for case in some_cases(name)]
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("rich", [0, 1])
-def test_opcheck(name: str, rich: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "case"), SOME, ids=[label(*c) for c in SOME])
+def test_opcheck(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS[name]
-    args, kwargs = op.make(one_case(name)[rich])
+    args, kwargs = op.make(case)
     calls: list[tuple[Any, ...]] = []
     real = op._op
 
@@ -167,7 +167,7 @@ def test_compiles_whole(name: str) -> None:
         return None if result is None else tuple(2 * r for r in as_tuple(result))
 
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if name == "quant_attention" else "aot_eager")
-    for case in one_case(name):
+    for case in some_cases(name):
         args, kwargs = OPS[name].make(case)
         eager = as_tuple(step(*args, **kwargs))
         written = tensors_of(args)

@@ -4,7 +4,29 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from kvkernels.paged_kv import TWO_CACHES, PagedKV
+from kvkernels.formats import CODECS, HEAD_DIMS, PACKED_HEAD_DIMS, PAGE_ALIGN, Format
+from kvkernels.paged_kv import TWO_CACHES, PagedKV, Pool
+
+# Functions where Format and PagedKV have properties: torch.compile of torch 2.10 does not trace into a property of a
+# NamedTuple.
+
+
+def format_code(fmt: Format, pool: Pool) -> int:
+    """PagedKV.code."""
+    code = CODECS[fmt.k].NUMBER | CODECS[fmt.v].NUMBER << 8
+    return code | TWO_CACHES if isinstance(pool, tuple) else code
+
+
+def head_dim(kv: PagedKV) -> int:
+    """PagedKV.head_dim."""
+    pool, fmt = kv.pools[0], kv.formats[0]
+    if isinstance(pool, tuple):
+        return pool[0].shape[-1]
+    packed = CODECS[fmt.k].PACKED or CODECS[fmt.v].PACKED
+    for n in PACKED_HEAD_DIMS if packed else HEAD_DIMS:
+        if -(-fmt.data_bytes(kv.page_size, n) // PAGE_ALIGN) * PAGE_ALIGN == pool.shape[-1]:
+            return n
+    return kv.head_dim  # which says what is wrong
 
 
 def all_pools(op: str, kv: PagedKV) -> tuple[list[Tensor], list[int]]:
@@ -15,12 +37,11 @@ def all_pools(op: str, kv: PagedKV) -> tuple[list[Tensor], list[int]]:
     tensors: list[Tensor] = []
     codes: list[int] = []
     for pool, fmt in zip(pools, formats):
+        codes.append(format_code(fmt, pool))
         if isinstance(pool, tuple):
             tensors += pool
-            codes.append(fmt.code | TWO_CACHES)
         else:
             tensors.append(pool)
-            codes.append(fmt.code)
     return tensors, codes
 
 
@@ -29,7 +50,8 @@ def one_pool(op: str, kv: PagedKV, pool: int, name: str = "pool") -> tuple[Tenso
     if not 0 <= pool < len(kv.pools):
         raise ValueError(f"{op}: {name} must be in [0, {len(kv.pools)}), the pools of kv; got {pool}")
     tensors = kv.pools[pool]
-    return (*tensors, kv.code(pool)) if isinstance(tensors, tuple) else (tensors, None, kv.code(pool))
+    code = format_code(kv.formats[pool], tensors)
+    return (*tensors, code) if isinstance(tensors, tuple) else (tensors, None, code)
 
 
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:
@@ -40,6 +62,11 @@ def refuse_grad(op: str, **tensors: Tensor | None) -> None:
                 f"{op}: {name} requires grad, but the op has no backward; call it under torch.no_grad() "
                 f"or pass {name}.detach()"
             )
+
+
+def refused(op: str, e: RuntimeError) -> Exception:
+    """A refusal by the C++ checks as ValueError: torch 2.15 makes a RuntimeError of std::invalid_argument."""
+    return ValueError(str(e)) if str(e).startswith(f"{op}: ") else e
 
 
 def no_tensor(op: str, name: str, got: object, expected: str = "a tensor") -> NoReturn:

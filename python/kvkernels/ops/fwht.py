@@ -33,7 +33,10 @@ def fwht(x: Tensor, scale: float | None = None) -> Tensor:
     if scale is None:
         n = x.shape[-1] if x.dim() else 1
         scale = n**-0.5 if n else 1.0
-    return _op(x, scale)
+    try:
+        return _op(x, scale)
+    except RuntimeError as e:
+        raise _args.refused("fwht", e) from None
 
 
 @torch.library.register_fake("kvkernels::fwht")

@@ -39,7 +39,10 @@ def merge_states(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor
         raise ValueError(f"merge_states: outs must be [S, ..., D], got {list(outs.shape)}")
     out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
     lse = torch.empty(outs.shape[1:-1], dtype=torch.float32, device=outs.device)
-    _op(outs, lses, out, lse)
+    try:
+        _op(outs, lses, out, lse)
+    except RuntimeError as e:
+        raise _args.refused("merge_states", e) from None
     return out, lse
 
 

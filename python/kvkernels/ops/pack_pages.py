@@ -33,8 +33,11 @@ def pack_pages(kv: PagedKV, src: int, dst: int, pairs: Tensor) -> None:
     if torch.is_grad_enabled():
         _args.refuse_grad("pack_pages", src_k=src_first, src_v=src_second, dst_k=dst_first, dst_v=dst_second)
     centre, balance = kv.transform or (None, None)
-    _op(src_first, src_second, src_code, dst_first, dst_second, dst_code, kv.page_size, kv.head_dim, pairs,
-        centre, balance)  # fmt: skip
+    try:
+        _op(src_first, src_second, src_code, dst_first, dst_second, dst_code, kv.page_size, _args.head_dim(kv), pairs,
+            centre, balance)  # fmt: skip
+    except RuntimeError as e:
+        raise _args.refused("pack_pages", e) from None
 
 
 @torch.library.register_fake("kvkernels::pack_pages")

@@ -110,8 +110,11 @@ def quant_attention(
     centre, balance = (None, None) if kv.transform is None else kv.transform
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    _op(q, pools, codes, kv.page_size, page_table, seq_lens, centre, balance, scale, left, softcap, sinks, alibi_slopes,
-        0 if split_tokens is None else split_tokens, out, lse)  # fmt: skip
+    try:
+        _op(q, pools, codes, kv.page_size, page_table, seq_lens, centre, balance, scale, left, softcap, sinks,
+            alibi_slopes, 0 if split_tokens is None else split_tokens, out, lse)  # fmt: skip
+    except RuntimeError as e:
+        raise _args.refused("quant_attention", e) from None
     return out if lse is None else (out, lse)
 
 

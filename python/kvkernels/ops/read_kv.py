@@ -30,12 +30,15 @@ def read_kv(kv: PagedKV, pool: int, slots: Tensor, dtype: torch.dtype = torch.fl
     first, second, code = _args.one_pool("read_kv", kv, pool)
     if torch.is_grad_enabled():
         _args.refuse_grad("read_kv", k_cache=first, v_cache=second)
-    head_dim = kv.head_dim
+    head_dim = _args.head_dim(kv)
     shape = (slots.shape[0] if slots.dim() else 0, first.shape[1], head_dim)
     k = torch.empty(shape, dtype=dtype, device=first.device)
     v = torch.empty(shape, dtype=dtype, device=first.device)
     centre, balance = kv.transform or (None, None)
-    _op(first, second, code, kv.page_size, head_dim, slots, centre, balance, k, v)
+    try:
+        _op(first, second, code, kv.page_size, head_dim, slots, centre, balance, k, v)
+    except RuntimeError as e:
+        raise _args.refused("read_kv", e) from None
     return k, v
 
 

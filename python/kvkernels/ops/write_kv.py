@@ -33,7 +33,10 @@ def write_kv(k: Tensor, v: Tensor, kv: PagedKV, pool: int, slots: Tensor) -> Non
     if torch.is_grad_enabled():
         _args.refuse_grad("write_kv", k=k, v=v)
     centre, balance = kv.transform or (None, None)
-    _op(k, v, first, second, code, kv.page_size, slots, centre, balance)
+    try:
+        _op(k, v, first, second, code, kv.page_size, slots, centre, balance)
+    except RuntimeError as e:
+        raise _args.refused("write_kv", e) from None
 
 
 @torch.library.register_fake("kvkernels::write_kv")
