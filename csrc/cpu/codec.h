@@ -201,6 +201,20 @@ using Bytes = __m512i;
 using Bytes = __m256i;
 #endif
 
+#if !defined(__AVX512F__)
+// floor(y) clamped to [-2^(B-1), 2^(B-1) - 1]. Clamping first, to whole numbers, gives the same.
+template <int B>
+KK_INLINE F floor_to_code(F y) {
+  const F x = min(max(y, F::fill(-MidRise<B>::half_levels)), F::fill(MidRise<B>::half_levels - 1.0f));
+#if defined(__AVX2__)
+  return floor(x);
+#else  // ::floorf is a call here, and numbers this small go through integers
+  const F::Vec whole = __builtin_convertvector(__builtin_convertvector(x.v, F::Mask), F::Vec);  // towards zero
+  return whole + __builtin_convertvector(whole > x.v, F::Vec);                                  // a true lane is -1
+#endif
+}
+#endif
+
 // Codes floor(c[4]) clamped to [-2^(B-1), 2^(B-1) - 1], plus 2^(B-1): packed into 4 W low_bits / 8 bytes of `low` and (B == 3)
 // 4 W / 8 of `high`. |c| < 2^31. The packs to bytes saturate, so clamping is free at 8 bits and done on bytes below.
 template <int B>
@@ -263,10 +277,7 @@ KK_INLINE void pack_codes(const F* c, uint8_t* low, uint8_t* high) {
   }
 #else
   uint8_t code[4 * F::W];
-  for (int i = 0; i < 4 * F::W; ++i) {
-    const float whole = MidRise<B>::clamp_code(::floorf(c[i / F::W].v[i % F::W]));
-    code[i] = static_cast<uint8_t>(static_cast<int>(whole) + half_levels);
-  }
+  for (int i = 0; i < 4; ++i) (floor_to_code<B>(c[i]) + F::fill(half_levels)).store_u8(code + i * F::W);
   pack_bits<B == 3 ? 2 : B>(code, 4 * F::W, 0, low);
   if constexpr (B == 3) pack_bits<1>(code, 4 * F::W, 2, high);
 #endif
@@ -396,13 +407,12 @@ KK_INLINE void store_unrotated(F* v, const KeyTransform& t, uint8_t* x) {
 // floor(y) clamped to the codes, plus 1/2.
 template <int B>
 KK_INLINE F grid_level(F y) {
-  constexpr float top = MidRise<B>::half_levels;
-#if defined(__AVX512F__)  // one instruction clamps both ways, to the float below `top`
-  const F inside = _mm512_range_ps(y.v, _mm512_set1_ps(top * 0.99999994f), 2);
-#else
-  const F inside = min(max(y, F::fill(-top)), F::fill(top - 1.0f));
-#endif
+#if defined(__AVX512F__)  // one instruction clamps both ways, to the float below half_levels
+  const F inside = _mm512_range_ps(y.v, _mm512_set1_ps(MidRise<B>::half_levels * 0.99999994f), 2);
   return floor(inside) + F::fill(0.5f);
+#else
+  return floor_to_code<B>(y) + F::fill(0.5f);
+#endif
 }
 
 template <typename Fmt, DType T, int D>
