@@ -171,6 +171,7 @@ KK_INLINE F fold(F* v, Op op) {
 // Rows that are encoded together: one per 128 bits, so that what is computed once per row (sums, roots, quotients) takes one
 // instruction for all of them and no row waits for its own.
 constexpr int kRows = F::W / 4;
+// Rows between two steps of the encoder: 8 KB of fp32 at D = 128, and enough to hide the latency of a root and two quotients.
 constexpr int64_t kBlock = 16;
 
 // The rest of fold_sum: lanes 4r .. 4r+3 of the result all hold the fold of the lanes of v[r].
