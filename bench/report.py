@@ -104,7 +104,7 @@ NOTES = {
     "quant_attention": "Hq 32, Hkv 8, D 128, page 64, bf16 q. Ours: pages scattered over a pool; `x bf16` is against "
     "our own 16-bit pages. Peers: K and V contiguous; sdpa: enable_gqa=True; sdpa grouped: heads of one KV head "
     "as rows of one query. The flop limit of packed pages counts every product once at the byte rate; the kernel "
-    "multiplies each code with two digits, so 50 % is its ceiling there.",
+    "multiplies K with two digits and V with one or two, so two thirds is its ceiling there.",
     "write_kv": "Limit: a copy of the prompt's keys and values plus the additions of the rotation at the measured FMA "
     "rate; 50 % is twice that time.",
     "read_kv": "Limit: the bytes of both sides at the copy rate plus the additions of the rotation.",
