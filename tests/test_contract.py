@@ -2,11 +2,13 @@
 bits for any thread count, usable by torch.compile. A new op is tested by being in kvkernels/ops."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_as_good_as, tensors_of
+from torch import Tensor
 
 import kvkernels as kk
 from kvkernels.ops import OPS, _reference
@@ -128,6 +130,37 @@ def test_one_pool_in_two_halves_merges_to_the_whole() -> None:
     merged = kk.merge_states([first[0], second[0]], [first[1], second[1]])
     torch.testing.assert_close(merged[0], out, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(merged[1], lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["u2", "bf16", "bf16 NHD"])
+def test_pools_past_2_to_the_31(name: str, tmp_path: Path) -> None:
+    """The last pages of a pool of more than 2^31 elements (a sparse file) work like those of a small pool."""
+    heads, D, page_size = 8, 128, 64
+    fmt = kk.format(name.partition(" ")[0])
+    page = heads * (page_size * D if " " in name else fmt.page_bytes(page_size, D))  # elements
+    pages = (1 << 31) // page + 100
+    dtype = torch.bfloat16 if " " in name else torch.uint8
+
+    def sparse(file: str) -> Tensor:
+        flat = torch.from_file(str(tmp_path / file), shared=True, size=pages * page, dtype=dtype)
+        return flat.view(pages, page_size, heads, D).transpose(1, 2) if " " in name else flat.view(pages, heads, -1)
+
+    big: Any = (sparse("k"), sparse("v")) if " " in name else sparse("kv")
+    small = tuple(x[:3].clone() for x in big) if " " in name else big[:3].clone()
+    gen = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2 * page_size, heads, D, generator=gen) for _ in range(2))
+    q = torch.randn(1, 32, D, generator=gen)
+    lens = torch.tensor([100], dtype=torch.int32)
+    results = []
+    for pool, last in ((small, 2), (big, pages - 1)):
+        kv = kk.PagedKV((pool, pool), (fmt, fmt), page_size)
+        slots = torch.arange(2 * page_size) + (last - 1) * page_size
+        kk.write_kv(k, v, kv, 0, slots)
+        kk.pack_pages(kv, 0, 1, torch.tensor([[last, last - 2]], dtype=torch.int32))
+        table = torch.tensor([[last - 1, 1 << 28 | last - 2]], dtype=torch.int32)
+        results.append((*kk.read_kv(kv, 0, slots), kk.quant_attention(q, kv, table, lens)))
+    for mine, truth in zip(results[1], results[0]):
+        assert torch.equal(mine, truth)
 
 
 def some_cases(name: str) -> list[Case]:

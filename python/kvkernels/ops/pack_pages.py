@@ -9,7 +9,7 @@ from kvkernels.formats import encode_page, format, formats
 from kvkernels.ops import _args, _reference
 from kvkernels.paged_kv import PagedKV
 
-DTYPES = (torch.int32,)
+DTYPES = ()  # pages only
 FORMATS = tuple(f.name for f in formats())
 
 _op = torch.ops.kvkernels.pack_pages.default
