@@ -23,7 +23,9 @@ struct I {
   static I load(const void* p) { return _mm512_loadu_si512(p); }
   static I fill(int32_t x) { return _mm512_set1_epi32(x); }
   void store(void* p) const { _mm512_storeu_si512(p, v); }
-  void store_bytes(uint8_t* p) const { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }  // the low byte of each
+  void store_bytes(uint8_t* p) const {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v));
+  }  // the low byte of each
   // 128-bit lane L: the 16 bytes at p + (4L) * stride.
   static I load_lanes(const uint8_t* p, int64_t stride) {
     const auto at = [&](int L) { return _mm_loadu_si128((const __m128i*)(p + 4 * L * stride)); };
@@ -38,9 +40,13 @@ struct I {
   friend I operator+(I a, I b) { return _mm512_add_epi32(a.v, b.v); }
   friend I operator-(I a, I b) { return _mm512_sub_epi32(a.v, b.v); }
   template <int n>
-  I sra() const { return _mm512_srai_epi32(v, n); }
+  I sra() const {
+    return _mm512_srai_epi32(v, n);
+  }
   template <int n>
-  I sll() const { return _mm512_slli_epi32(v, n); }
+  I sll() const {
+    return _mm512_slli_epi32(v, n);
+  }
   friend I unpack_lo32(I a, I b) { return _mm512_unpacklo_epi32(a.v, b.v); }
   friend I unpack_hi32(I a, I b) { return _mm512_unpackhi_epi32(a.v, b.v); }
   friend I unpack_lo64(I a, I b) { return _mm512_unpacklo_epi64(a.v, b.v); }
@@ -56,7 +62,7 @@ struct I {
   }
   F to_float() const { return _mm512_cvtepi32_ps(v); }
   static I from_float(F x) { return _mm512_cvtps_epi32(x.v); }
-  static I dot(I acc, I u8, I s8);                                                // acc32 += u8 . s8, 4 by 4
+  static I dot(I acc, I u8, I s8);  // acc32 += u8 . s8, 4 by 4
   static I dot16(I acc, I u8, I s8) { return _mm512_add_epi16(acc.v, _mm512_maddubs_epi16(u8.v, s8.v)); }
   static I widen(I acc, I acc16) { return _mm512_add_epi32(acc.v, _mm512_madd_epi16(acc16.v, _mm512_set1_epi16(1))); }
 };
@@ -94,9 +100,13 @@ struct I {
   friend I operator+(I a, I b) { return _mm256_add_epi32(a.v, b.v); }
   friend I operator-(I a, I b) { return _mm256_sub_epi32(a.v, b.v); }
   template <int n>
-  I sra() const { return _mm256_srai_epi32(v, n); }
+  I sra() const {
+    return _mm256_srai_epi32(v, n);
+  }
   template <int n>
-  I sll() const { return _mm256_slli_epi32(v, n); }
+  I sll() const {
+    return _mm256_slli_epi32(v, n);
+  }
   friend I unpack_lo32(I a, I b) { return _mm256_unpacklo_epi32(a.v, b.v); }
   friend I unpack_hi32(I a, I b) { return _mm256_unpackhi_epi32(a.v, b.v); }
   friend I unpack_lo64(I a, I b) { return _mm256_unpacklo_epi64(a.v, b.v); }
@@ -149,8 +159,8 @@ struct Plane {
   // from rows[i], `stride` bytes apart, of which `bytes` (8 or a multiple of 16) count. The codes go from memory to the dot
   // product without being stored: M * T sums and the words of 16 bytes a row stay in registers.
   template <int M, int T>
-  static void dot_k(const uint8_t* const* rows, int64_t stride, int64_t bytes, const int32_t* words, int64_t ldw, int32_t* sums,
-                    int64_t lds, bool add) {
+  static void dot_k(const uint8_t* const* rows, int64_t stride, int64_t bytes, const int32_t* words, int64_t ldw,
+                    int32_t* sums, int64_t lds, bool add) {
     I acc[M][T];
     for (int m = 0; m < M; ++m)
       for (int t = 0; t < T; ++t) acc[m][t] = add ? I::load(sums + m * lds + t * I::W) : I::zero();
@@ -167,7 +177,8 @@ struct Plane {
         // 4x4 transposes of words: lane group L of z_i is token 4L + i, so the result runs through the tokens in order
         const I z0 = I::load_lanes(r, stride), z1 = I::load_lanes(r + stride, stride);
         const I z2 = I::load_lanes(r + 2 * stride, stride), z3 = I::load_lanes(r + 3 * stride, stride);
-        const I lo01 = unpack_lo32(z0, z1), hi01 = unpack_hi32(z0, z1), lo23 = unpack_lo32(z2, z3), hi23 = unpack_hi32(z2, z3);
+        const I lo01 = unpack_lo32(z0, z1), hi01 = unpack_hi32(z0, z1), lo23 = unpack_lo32(z2, z3),
+                hi23 = unpack_hi32(z2, z3);
         w[0][t] = unpack_lo64(lo01, lo23);
         w[1][t] = unpack_hi64(lo01, lo23);
         w[2][t] = unpack_lo64(hi01, hi23);
@@ -191,7 +202,8 @@ struct Plane {
   }
 
   // ---- V: rows are cut into units of U bytes; unit m, field p gives U lanes. Lane l of a unit is byte v_byte(l) of it.
-  static constexpr int64_t unit(int64_t D) {  // never wider than a scale group, so that lanes of one group stay together
+  static constexpr int64_t unit(
+      int64_t D) {  // never wider than a scale group, so that lanes of one group stay together
     const int64_t row = D * B / 8, group = 128 * B / 8, u = row < group ? row : group;
     return u < 32 ? u : 32;
   }
@@ -237,7 +249,8 @@ struct Plane {
 
  private:
   template <int M, int T, int p = 0>
-  __attribute__((always_inline)) static inline void dot_fields(const I* w, const int32_t* words, int64_t ldw, I (*acc)[T]) {
+  __attribute__((always_inline)) static inline void dot_fields(const I* w, const int32_t* words, int64_t ldw,
+                                                               I (*acc)[T]) {
     I c[T];
     for (int t = 0; t < T; ++t) c[t] = w[t].template field<p * B, B, POS>();
     for (int m = 0; m < M; ++m) {
@@ -263,7 +276,8 @@ struct Plane {
   template <int p = 0>
   static void store_bits(__m256i x, uint8_t* out) {
     const __m256i bit = _mm256_set1_epi8(1 << POS);
-    const __m256i y = p > POS ? _mm256_srli_epi16(x, p > POS ? p - POS : 0) : _mm256_slli_epi16(x, p > POS ? 0 : POS - p);
+    const __m256i y =
+        p > POS ? _mm256_srli_epi16(x, p > POS ? p - POS : 0) : _mm256_slli_epi16(x, p > POS ? 0 : POS - p);
     _mm256_storeu_si256((__m256i*)(out + p * 32), _mm256_and_si256(y, bit));
     if constexpr (p + 1 < per_byte) store_bits<p + 1>(x, out);
   }
@@ -299,7 +313,8 @@ inline void dot4_block(const uint8_t* codes, int64_t ldc, int64_t nk, const int3
       for (int j = 0; j < NV; ++j) c[j] = I::load(codes + j * I::W * 4);
       for (int m = 0; m < M; ++m) {
         const I w = I::fill(words[m * ldw + k]);
-        for (int j = 0; j < NV; ++j) part[m][j] = UNSIGNED ? I::dot16(part[m][j], w, c[j]) : I::dot16(part[m][j], c[j], w);
+        for (int j = 0; j < NV; ++j)
+          part[m][j] = UNSIGNED ? I::dot16(part[m][j], w, c[j]) : I::dot16(part[m][j], c[j], w);
       }
     }
     for (int m = 0; m < M; ++m)
@@ -312,12 +327,13 @@ inline void dot4_block(const uint8_t* codes, int64_t ldc, int64_t nk, const int3
 
 // lanes: a multiple of 16.
 template <int MAXCODE, int M, bool UNSIGNED>
-inline void dot4(const uint8_t* codes, int64_t ldc, int64_t lanes, int64_t nk, const int32_t* words, int64_t ldw, int32_t* out,
-                 int64_t ldo) {
+inline void dot4(const uint8_t* codes, int64_t ldc, int64_t lanes, int64_t nk, const int32_t* words, int64_t ldw,
+                 int32_t* out, int64_t ldo) {
   // M * NV sums of the inner loop fill half of the 32 (AVX-512) or 16 (AVX2) registers; the rest holds codes and words.
   constexpr int NV = I::W / 4;
   int64_t l = 0;
-  for (; l + NV * I::W <= lanes; l += NV * I::W) dot4_block<MAXCODE, M, NV, UNSIGNED>(codes + l * 4, ldc, nk, words, ldw, out + l, ldo);
+  for (; l + NV * I::W <= lanes; l += NV * I::W)
+    dot4_block<MAXCODE, M, NV, UNSIGNED>(codes + l * 4, ldc, nk, words, ldw, out + l, ldo);
   for (; l < lanes; l += I::W) dot4_block<MAXCODE, M, 1, UNSIGNED>(codes + l * 4, ldc, nk, words, ldw, out + l, ldo);
 }
 
@@ -329,7 +345,6 @@ struct Digits {
   // Sums of digit * code are joined to one number per lane. Of two digits as integers: below 2^24 for codes of 2 and 3 bits,
   // so exact in fp32, and off by less than a digit's own rounding for 4. Of three apart, each less its share of the offset.
 
-  
   // x / step, |x / step| <= top
   static void split(F scaled, I* d) {
     I rest = I::from_float(scaled);

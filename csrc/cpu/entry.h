@@ -13,29 +13,29 @@
 #if defined(KK_ISA_IS_BASE)
 
 #if KK_ISA_TOP >= 3
-#define KK_CPU_ENTRY_R(R, op, Params)              \
-  KK_DECLARE_ISA(avx2, R, op, Params)              \
-  KK_DECLARE_ISA(avx512, R, op, Params)            \
-  KK_DECLARE_ISA(avx512vnni, R, op, Params)        \
-  namespace kk::cpu {                              \
-  R op(const Params& p, const CpuExec& x) {        \
-    switch (isa()) {                               \
-      case Isa::avx512vnni:                        \
-        return kk::avx512vnni::op##_cpu(p, x);     \
-      case Isa::avx512:                            \
-        return kk::avx512::op##_cpu(p, x);         \
-      case Isa::avx2:                              \
-        return kk::avx2::op##_cpu(p, x);           \
-      case Isa::base:                              \
-        break;                                     \
-    }                                              \
-    return kk::base::op##_cpu(p, x);               \
-  }                                                \
+#define KK_CPU_ENTRY_R(R, op, Params)          \
+  KK_DECLARE_ISA(avx2, R, op, Params)          \
+  KK_DECLARE_ISA(avx512, R, op, Params)        \
+  KK_DECLARE_ISA(avx512vnni, R, op, Params)    \
+  namespace kk::cpu {                          \
+  R op(const Params& p, const CpuExec& x) {    \
+    switch (isa()) {                           \
+      case Isa::avx512vnni:                    \
+        return kk::avx512vnni::op##_cpu(p, x); \
+      case Isa::avx512:                        \
+        return kk::avx512::op##_cpu(p, x);     \
+      case Isa::avx2:                          \
+        return kk::avx2::op##_cpu(p, x);       \
+      case Isa::base:                          \
+        break;                                 \
+    }                                          \
+    return kk::base::op##_cpu(p, x);           \
+  }                                            \
   }
 #else  // not x86-64: base is all there is
-#define KK_CPU_ENTRY_R(R, op, Params)                                                      \
-  namespace kk::cpu {                                                                      \
-  R op(const Params& p, const CpuExec& x) { return kk::base::op##_cpu(p, x); }             \
+#define KK_CPU_ENTRY_R(R, op, Params)                                          \
+  namespace kk::cpu {                                                          \
+  R op(const Params& p, const CpuExec& x) { return kk::base::op##_cpu(p, x); } \
   }
 #endif
 

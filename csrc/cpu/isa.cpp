@@ -58,7 +58,8 @@ Isa choose() {
   for (int i = 0; i < 4; ++i)
     if (!std::strcmp(want, kNames[i])) {
       if (!isa_available(static_cast<Isa>(i)))
-        throw std::invalid_argument(std::string("KVKERNELS_ISA=") + want + ": this machine and build go up to " + isa_name(best()));
+        throw std::invalid_argument(std::string("KVKERNELS_ISA=") + want + ": this machine and build go up to " +
+                                    isa_name(best()));
       return static_cast<Isa>(i);
     }
   throw std::invalid_argument(std::string("KVKERNELS_ISA must be one of base, avx2, avx512, avx512vnni; got ") + want);

@@ -5,7 +5,7 @@ namespace kk::cpu {
 
 enum class Isa { base = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 
-Isa isa();                    // the one in use; throws std::invalid_argument when KVKERNELS_ISA names one that cannot run here
+Isa isa();  // the one in use; throws std::invalid_argument when KVKERNELS_ISA names one that cannot run here
 const char* isa_name(Isa isa);
 bool has_avx512bf16();        // vdpbf16ps, on top of the avx512 tiers
 bool isa_available(Isa isa);  // compiled in, and the processor and the OS support it

@@ -73,7 +73,9 @@ template <int64_t D>
 void rotate_row(float* x) {
   constexpr int N = D / F::W;
   F v[N];
-  each<N / 2>([&](auto i) { load_split<DType::f32>(reinterpret_cast<const uint8_t*>(x + 2 * F::W * i), v[2 * i], v[2 * i + 1]); });
+  each<N / 2>([&](auto i) {
+    load_split<DType::f32>(reinterpret_cast<const uint8_t*>(x + 2 * F::W * i), v[2 * i], v[2 * i + 1]);
+  });
   fwht_split<N>(v);
   each<N>([&](auto i) { (v[i] * F::fill(fwht_scale(D))).store(x + F::W * i); });
 }
@@ -87,7 +89,8 @@ void decode_stored(Side side_kind, const uint8_t* side, int64_t token, int64_t p
     const uint8_t* low = side + token * (D * Fmt::low_bits / 8);
     const uint8_t* high = side + Fmt::plane1_offset(page_size, D) + token * (D / 8);
     const uint8_t* scale = side + Fmt::scales_offset(page_size, D) + token * Fmt::groups(D) * 2;
-    for (int i = 0; i < N; i += 4) unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::low_bits, high + i / 4 * (F::W / 2), c + i);
+    for (int i = 0; i < N; i += 4)
+      unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::low_bits, high + i / 4 * (F::W / 2), c + i);
     for (int i = 0; i < N; ++i) {
       const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
       (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
@@ -97,7 +100,8 @@ void decode_stored(Side side_kind, const uint8_t* side, int64_t token, int64_t p
     const uint8_t* zero = side + kivi2::zero_offset(side_kind, page_size, D);
     for (int i = 0; i < N; i += 4) unpack_codes<2>(side + token * (D / 4) + i / 4 * F::W, nullptr, c + i);
     for (int i = 0; i < N; ++i) {
-      const int64_t at = side_kind == Side::K ? i * F::W * 2 : (token * (D / kivi2::v_group) + i * F::W / kivi2::v_group) * 2;
+      const int64_t at =
+          side_kind == Side::K ? i * F::W * 2 : (token * (D / kivi2::v_group) + i * F::W / kivi2::v_group) * 2;
       const F s = side_kind == Side::K ? load<DType::f16>(scale + at) : F::fill(half_value(load_u16(scale + at)));
       const F z = side_kind == Side::K ? load<DType::f16>(zero + at) : F::fill(half_value(load_u16(zero + at)));
       fma(s, c[i], z).store(x + i * F::W);
@@ -301,7 +305,8 @@ struct Task {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       for (int j = 0; j < pc.n; ++j)
-        decode_stored<Fmt, D>(side, side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size, decoded + (pc.col + j) * D);
+        decode_stored<Fmt, D>(side, side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size,
+                              decoded + (pc.col + j) * D);
     }
   }
 
@@ -316,7 +321,9 @@ struct Task {
   void load_scales(const Chunk& c, bool k_side, float* scale) {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
-      const uint16_t* h = reinterpret_cast<const uint16_t*>((k_side ? pc.k : pc.v) + Fmt::scales_offset(p.page_size, D)) + pc.token * kGroups;
+      const uint16_t* h =
+          reinterpret_cast<const uint16_t*>((k_side ? pc.k : pc.v) + Fmt::scales_offset(p.page_size, D)) +
+          pc.token * kGroups;
       const int64_t n = round_up(pc.n, kTile);
       if constexpr (kGroups == 1) {
         for (int64_t j = 0; j < n; j += F::W) F::load_f16(h + j).store(scale + pc.col + j);
@@ -389,7 +396,8 @@ struct Task {
         for (int64_t g = 0; g < kGroups; ++g) {
           int32_t* w = st.words + (((r * DIGITS + d) * kGroups) + g) * planes * quads;
           Plane<Fmt::low_bits, 0>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w));
-          if constexpr (planes == 2) Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w + quads));
+          if constexpr (planes == 2)
+            Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w + quads));
         }
     }
   }
@@ -423,16 +431,20 @@ struct Task {
           alignas(64) int32_t sums[M][T * I::W];
           prefetch(T * I::W / 2);
           const uint8_t *rows_low[T], *rows_high[T];
-          for (int t = 0; t < T; ++t) rows_low[t] = low[v + t] + g * low_group, rows_high[t] = high[v + t] + g * (kGroup / 8);
-          Plane<Fmt::low_bits, 0>::template dot_k<M, T>(rows_low, low_row, low_group, words, ldw, sums[0], T * I::W, false);
+          for (int t = 0; t < T; ++t)
+            rows_low[t] = low[v + t] + g * low_group, rows_high[t] = high[v + t] + g * (kGroup / 8);
+          Plane<Fmt::low_bits, 0>::template dot_k<M, T>(rows_low, low_row, low_group, words, ldw, sums[0], T * I::W,
+                                                        false);
           if constexpr (planes == 2)
-            Plane<1, 2>::template dot_k<M, T>(rows_high, D / 8, kGroup / 8, words + quads, ldw, sums[0], T * I::W, true);
+            Plane<1, 2>::template dot_k<M, T>(rows_high, D / 8, kGroup / 8, words + quads, ldw, sums[0], T * I::W,
+                                              true);
           for (int i = 0; i < R; ++i) {
             const F step = F::fill(st.step[r + i]);
             for (int t = 0; t < T && v + t < vectors; ++t) {
               float* o = s + (r + i) * kChunk + (v + t) * I::W;
               const F base = g ? F::load(o) : F::fill(q_mu[r + i]);
-              const F x = Digits<DIGITS>::join(&sums[i * DIGITS][t * I::W], T * I::W, st.offset + ((r + i) * kGroups + g) * DIGITS);
+              const F x = Digits<DIGITS>::join(&sums[i * DIGITS][t * I::W], T * I::W,
+                                               st.offset + ((r + i) * kGroups + g) * DIGITS);
               fma(x * step, F::load(scale + g * kChunk + (v + t) * I::W), base).store(o);
             }
           }
@@ -460,7 +472,8 @@ struct Task {
         prefetch(2);
         Plane<Fmt::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
         if constexpr (planes == 2)
-          Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8), D / 8, out + D * 4);
+          Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8), D / 8,
+                                            out + D * 4);
       }
     }
     for (int64_t g = 0; g < kGroups; ++g) {
@@ -469,7 +482,8 @@ struct Task {
         alignas(64) uint8_t words[R * N][kChunk];
         alignas(64) int32_t ints[R * N][kGroup];
         float step[R], mass[R][N];
-        for (int i = 0; i < R; ++i) step[i] = weigh<N>(s + (r + i) * kChunk, scale + g * kChunk, cols, words[i * N], mass[i]);
+        for (int i = 0; i < R; ++i)
+          step[i] = weigh<N>(s + (r + i) * kChunk, scale + g * kChunk, cols, words[i * N], mass[i]);
         for (int plane = 0; plane < planes; ++plane) {
           const int64_t lane0 = plane * D + g * kGroup;
           // The mean code of the plane; 3.5 is 1.5 + 2. Sums of what differs from it stay small, so fp32 holds them well.
@@ -825,7 +839,8 @@ Grid make_grid(const QuantAttentionParams& p, const CpuExec& exec, Arena& arena,
   const int64_t block_rows = g.rows < kMaxRows ? g.rows : kMaxRows;
   one_of<64, 80, 96, 112, 128, 192, 256>("quant_attention: head_dim", p.D, [&](auto d) {
     constexpr int64_t D = decltype(d)::value;
-    g.scratch_bytes = p.dtype == DType::f32 ? Task<D, 3>::scratch_bytes(p, block_rows) : Task<D, 2>::scratch_bytes(p, block_rows);
+    g.scratch_bytes =
+        p.dtype == DType::f32 ? Task<D, 3>::scratch_bytes(p, block_rows) : Task<D, 2>::scratch_bytes(p, block_rows);
   });
   g.partials = arena.take<float>(partials * block_rows * (p.D + 2));
   g.scratch = arena.take<uint8_t>(g.threads * g.scratch_bytes);
@@ -867,7 +882,8 @@ void run_tasks(Job& job, int thread) {
     task.run(b, h, cut > begin ? cut : begin, next < len ? next : len);
     if (num_intervals(p, b, g.split) == 1) {
       for (int64_t r = 0; r < rows; ++r)
-        write_row(p, b, (row0 + r) / g.group, h * g.group + (row0 + r) % g.group, task.out_rows + r * D, task.m[r], task.l[r]);
+        write_row(p, b, (row0 + r) / g.group, h * g.group + (row0 + r) % g.group, task.out_rows + r * D, task.m[r],
+                  task.l[r]);
       continue;
     }
     float* part = job.partial(g.first_partial[b] + in_b);
@@ -884,7 +900,8 @@ void run_merges(Job& job) {
   const int64_t heads = p.Hkv * g.row_blocks;
   float sum[256];
   for (int64_t i = job.take(); i < p.B * heads; i = job.take()) {
-    const int64_t b = i / heads, h = i % heads / g.row_blocks, row0 = i % g.row_blocks * kMaxRows, rows = job.block_rows(row0);
+    const int64_t b = i / heads, h = i % heads / g.row_blocks, row0 = i % g.row_blocks * kMaxRows,
+                  rows = job.block_rows(row0);
     const int64_t n = num_intervals(p, b, g.split);
     if (n == 1) continue;
     const auto part = [&](int64_t k) { return job.partial(g.first_partial[b] + k * heads + i % heads); };
@@ -900,7 +917,8 @@ void run_merges(Job& job) {
         const float mk = x[rows * p.D + r], f = mk == -INFINITY ? 0.0f : expf(mk - m);
         // an interval without a visible score has l = 0, or NaN where a score was NaN
         l += x[rows * p.D + rows + r] * (mk == -INFINITY ? 1.0f : f);
-        for (int64_t j = 0; j < p.D; j += F::W) fma(F::load(x + r * p.D + j), F::fill(f), F::load(sum + j)).store(sum + j);
+        for (int64_t j = 0; j < p.D; j += F::W)
+          fma(F::load(x + r * p.D + j), F::fill(f), F::load(sum + j)).store(sum + j);
       }
       write_row(p, b, (row0 + r) / g.group, h * g.group + (row0 + r) % g.group, sum, m, l);
     }

@@ -6,9 +6,10 @@
 
 KK_BEGIN
 
-constexpr int kChunk = 128;    // most tokens between two softmax updates: packed formats, whose chunk is 8 KB at 2 bits
-constexpr int kRowChunk = 64;  // formats read as rows: a chunk of 16-bit K or V is 16 KB, and the next one is on its way too
-constexpr int kTile = 16;      // packed formats are read by tiles; pages of them are multiples of it
+constexpr int kChunk = 128;  // most tokens between two softmax updates: packed formats, whose chunk is 8 KB at 2 bits
+constexpr int kRowChunk =
+    64;  // formats read as rows: a chunk of 16-bit K or V is 16 KB, and the next one is on its way too
+constexpr int kTile = 16;  // packed formats are read by tiles; pages of them are multiples of it
 
 // load(c, i): the F::W channels from i of token c. load.ahead(c, i): asks for the same place one chunk later, once per kLine
 // channels. The page table says where that is; the processor's own prefetcher does not, and stops at every 4 KB besides.
@@ -17,27 +18,21 @@ struct LoadBf16 {
   const uint8_t* const* rows;
   const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_bf16(reinterpret_cast<const uint16_t*>(rows[c]) + i); }
-  void ahead(int c, int64_t i) const {
-    __builtin_prefetch(next[c] + i * 2, 0, 3);
-  }
+  void ahead(int c, int64_t i) const { __builtin_prefetch(next[c] + i * 2, 0, 3); }
 };
 struct LoadF16 {
   static constexpr int kLine = 32;
   const uint8_t* const* rows;
   const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_f16(reinterpret_cast<const uint16_t*>(rows[c]) + i); }
-  void ahead(int c, int64_t i) const {
-    __builtin_prefetch(next[c] + i * 2, 0, 3);
-  }
+  void ahead(int c, int64_t i) const { __builtin_prefetch(next[c] + i * 2, 0, 3); }
 };
 struct LoadU8 {  // levels in units of the scale
   static constexpr int kLine = 64;
   const uint8_t* const* rows;
   const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_u8(rows[c] + i) - F::fill(127.5f); }
-  void ahead(int c, int64_t i) const {
-    __builtin_prefetch(next[c] + i, 0, 3);
-  }
+  void ahead(int c, int64_t i) const { __builtin_prefetch(next[c] + i, 0, 3); }
 };
 struct LoadF32 {  // a buffer in L1
   static constexpr int kLine = 16;
@@ -165,7 +160,8 @@ inline void row_accumulate(const Load& load, int n, const float* p, int rows, fl
     constexpr int kR = decltype(R)::value;
     for (int64_t i = 0; i < wide; i += NV * F::W)
       row_accumulate_block<kR, NV>(load, n, i, p + r * kChunk, acc + r * lda, lda);
-    for (int64_t i = wide; i < N; i += F::W) row_accumulate_block<kR, 1>(load, n, i, p + r * kChunk, acc + r * lda, lda);
+    for (int64_t i = wide; i < N; i += F::W)
+      row_accumulate_block<kR, 1>(load, n, i, p + r * kChunk, acc + r * lda, lda);
   };
   int r = 0;
   for (; r + 4 <= rows; r += 4) block(Int<4>{}, r);

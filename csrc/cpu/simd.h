@@ -25,7 +25,9 @@ struct F {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
   static F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-  static F load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+  static F load_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_f16(uint16_t* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, 0)); }
   void store_bf16(uint16_t* p) const {
@@ -47,7 +49,9 @@ struct F {
   friend F floor(F a) { return _mm512_roundscale_ps(a.v, 9); }
   friend F rint(F a) { return _mm512_roundscale_ps(a.v, 8); }
   friend F abs(F a) { return _mm512_abs_ps(a.v); }
-  friend F where_positive(F a, F b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), b.v); }
+  friend F where_positive(F a, F b) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), b.v);
+  }
   friend bool all_finite(F a) { return _mm512_fpclass_ps_mask(a.v, 0x99) == 0; }  // no QNaN, +inf, -inf, SNaN
   // a where lane index < n, else b; where_positive: b where a > 0, else 0
   friend F first(int n, F a, F b) { return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1u), b.v, a.v); }
@@ -89,7 +93,9 @@ inline F exp_neg(F x) {
 // they are there, `sum_folded` W / kFold of those to the vector whose lane i is the sum of vector i.
 constexpr int kFold = 4;
 inline F fold(const F* v) {
-  const auto pair = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))); };
+  const auto pair = [](__m512 a, __m512 b) {
+    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  };
   const __m512d ab = pair(v[0].v, v[1].v), cd = pair(v[2].v, v[3].v);
   return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
 }
@@ -114,7 +120,9 @@ struct F {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-  static F load_u8(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+  static F load_u8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_f16(uint16_t* p) const { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0)); }
   void store_bf16(uint16_t* p) const {
@@ -213,9 +221,15 @@ struct F {
     memcpy(&r.v, p, 16);
     return r;
   }
-  static F load_bf16(const uint16_t* p) { return each([&](int i) { return bf16_to_float(p[i]); }); }
-  static F load_f16(const uint16_t* p) { return each([&](int i) { return f16_to_float(p[i]); }); }
-  static F load_u8(const uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+  static F load_bf16(const uint16_t* p) {
+    return each([&](int i) { return bf16_to_float(p[i]); });
+  }
+  static F load_f16(const uint16_t* p) {
+    return each([&](int i) { return f16_to_float(p[i]); });
+  }
+  static F load_u8(const uint8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+  }
   void store(float* p) const { memcpy(p, &v, 16); }
   void store_f16(uint16_t* p) const {
     for (int i = 0; i < W; ++i) p[i] = float_to_f16(v[i]);
@@ -233,17 +247,29 @@ struct F {
   friend F fma(F a, F b, F c) { return a.v * b.v + c.v; }  // no fused unit is promised here
   friend F max(F a, F b) { return a.v > b.v ? a.v : b.v; }
   friend F min(F a, F b) { return a.v < b.v ? a.v : b.v; }
-  friend F sqrt(F a) { return each([&](int i) { return ::sqrtf(a.v[i]); }); }
-  friend F floor(F a) { return each([&](int i) { return ::floorf(a.v[i]); }); }
-  friend F rint(F a) { return each([&](int i) { return ::rintf(a.v[i]); }); }
-  friend F abs(F a) { return each([&](int i) { return ::fabsf(a.v[i]); }); }
-  friend F where_positive(F a, F b) { return each([&](int i) { return a.v[i] > 0.0f ? b.v[i] : 0.0f; }); }
+  friend F sqrt(F a) {
+    return each([&](int i) { return ::sqrtf(a.v[i]); });
+  }
+  friend F floor(F a) {
+    return each([&](int i) { return ::floorf(a.v[i]); });
+  }
+  friend F rint(F a) {
+    return each([&](int i) { return ::rintf(a.v[i]); });
+  }
+  friend F abs(F a) {
+    return each([&](int i) { return ::fabsf(a.v[i]); });
+  }
+  friend F where_positive(F a, F b) {
+    return each([&](int i) { return a.v[i] > 0.0f ? b.v[i] : 0.0f; });
+  }
   friend bool all_finite(F a) {
     bool ok = true;
     for (int i = 0; i < W; ++i) ok &= ::fabsf(a.v[i]) <= 3.4028235e38f;
     return ok;
   }
-  friend F first(int n, F a, F b) { return each([&](int i) { return i < n ? a.v[i] : b.v[i]; }); }
+  friend F first(int n, F a, F b) {
+    return each([&](int i) { return i < n ? a.v[i] : b.v[i]; });
+  }
   template <int h>
   F butterfly() const {
     return each([&](int i) { return i & h ? v[i ^ h] - v[i] : v[i] + v[i ^ h]; });
@@ -260,8 +286,12 @@ inline F exp_neg(F x) {
 }
 
 constexpr int kFold = 2;
-inline F fold(const F* v) { return F::Vec{v[0].v[0] + v[0].v[2], v[0].v[1] + v[0].v[3], v[1].v[0] + v[1].v[2], v[1].v[1] + v[1].v[3]}; }
-inline F sum_folded(const F* r) { return F::Vec{r[0].v[0] + r[0].v[1], r[0].v[2] + r[0].v[3], r[1].v[0] + r[1].v[1], r[1].v[2] + r[1].v[3]}; }
+inline F fold(const F* v) {
+  return F::Vec{v[0].v[0] + v[0].v[2], v[0].v[1] + v[0].v[3], v[1].v[0] + v[1].v[2], v[1].v[1] + v[1].v[3]};
+}
+inline F sum_folded(const F* r) {
+  return F::Vec{r[0].v[0] + r[0].v[1], r[0].v[2] + r[0].v[3], r[1].v[0] + r[1].v[1], r[1].v[2] + r[1].v[3]};
+}
 
 #endif
 

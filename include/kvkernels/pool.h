@@ -4,8 +4,8 @@
 
 namespace kk {
 
-constexpr int kMaxPools = 8;                   // a page-table entry has 3 bits for the pool ...
-constexpr int32_t kPageMask = (1 << 28) - 1;   // ... and 28 for the page; the sign bit stays clear
+constexpr int kMaxPools = 8;                  // a page-table entry has 3 bits for the pool ...
+constexpr int32_t kPageMask = (1 << 28) - 1;  // ... and 28 for the page; the sign bit stays clear
 
 // Strides in bytes. Packed records: k_token and v_token describe 16-bit sides and are 0 otherwise (a packed side knows its
 // own layout). Two separate 16-bit caches [num_pages, Hkv, page_size, D] of any strides are a pool too.

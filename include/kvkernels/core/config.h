@@ -14,8 +14,8 @@
 #ifndef KK_ISA
 #define KK_ISA host
 #endif
-#define KK_BEGIN  \
-  namespace kk {  \
+#define KK_BEGIN \
+  namespace kk { \
   inline namespace KK_ISA {
 #define KK_END \
   }            \

@@ -36,7 +36,7 @@ KK_HD uint16_t float_to_f16(float x) {
   const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, mag = u & 0x7fffffffu;
   if (mag > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((mag >> 13) & 0x3ffu));  // NaN, payload as F16C
   if (mag >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);                          // rounds past 65504
-  if (mag >= 0x38800000u) {                                                                       // normal
+  if (mag >= 0x38800000u) {                                                                      // normal
     const uint32_t r = mag + 0xfffu + ((mag >> 13) & 1u);
     return static_cast<uint16_t>(sign | ((r - 0x38000000u) >> 13));
   }

@@ -26,7 +26,9 @@ struct MidRise {
   static constexpr bool from_rms = B <= 3;
   static constexpr float start = B == 2 ? 0.9957f : B == 3 ? 0.586f : 1.0f / half_levels;
 
-  KK_HD static float clamp_code(float x) { return fminf(fmaxf(x, -static_cast<float>(half_levels)), half_levels - 1.0f); }
+  KK_HD static float clamp_code(float x) {
+    return fminf(fmaxf(x, -static_cast<float>(half_levels)), half_levels - 1.0f);
+  }
 
   // x[n], n <= 128 a power of two. Returns the fp16 bits of the scale.
   KK_HD static uint16_t encode(const float* x, int64_t n, uint8_t* code) {
@@ -52,7 +54,8 @@ struct MidRise {
     const uint16_t scale = float_to_f16(fminf(fold_sum(tmp, n) / den, kMaxScale));
     const float s = f16_to_float(scale);
     const float inv = s > 0.0f ? 1.0f / s : 0.0f;
-    for (int64_t i = 0; i < n; ++i) code[i] = static_cast<uint8_t>(static_cast<int>(clamp_code(floorf(x[i] * inv))) + half_levels);
+    for (int64_t i = 0; i < n; ++i)
+      code[i] = static_cast<uint8_t>(static_cast<int>(clamp_code(floorf(x[i] * inv))) + half_levels);
     return scale;
   }
 

@@ -16,7 +16,7 @@ template <int B>
 struct TokenCodes {
   static constexpr int bits = B;
   static constexpr bool packed = true;
-  static constexpr bool rotated = true;          // stored as H diag(t) (x - mu) for K, H x for V
+  static constexpr bool rotated = true;            // stored as H diag(t) (x - mu) for K, H x for V
   static constexpr int low_bits = B == 3 ? 2 : B;  // width of plane 0
   using Grid = MidRise<B>;
 
@@ -29,7 +29,8 @@ struct TokenCodes {
   }
 
   // x [n][D] in the stored basis -> tokens first .. first + n - 1 of the page.
-  KK_HD static void encode(Side, const float* x, int64_t first, int64_t n, uint8_t* side, int64_t page_size, int64_t D) {
+  KK_HD static void encode(Side, const float* x, int64_t first, int64_t n, uint8_t* side, int64_t page_size,
+                           int64_t D) {
     uint8_t code[256];
     for (int64_t t = first; t < first + n; ++t, x += D) {
       for (int64_t g = 0; g < groups(D); ++g) {
@@ -42,7 +43,8 @@ struct TokenCodes {
     }
   }
 
-  KK_HD static void decode(Side, const uint8_t* side, int64_t first, int64_t n, float* x, int64_t page_size, int64_t D) {
+  KK_HD static void decode(Side, const uint8_t* side, int64_t first, int64_t n, float* x, int64_t page_size,
+                           int64_t D) {
     for (int64_t t = first; t < first + n; ++t, x += D) {
       uint8_t code[256] = {};
       unpack_bits<low_bits>(side + t * D * low_bits / 8, D, 0, code);

@@ -66,7 +66,8 @@ struct kivi2 {
     return static_cast<uint8_t>(fminf(fmaxf(rintf((x - f16_to_float(a.zero)) * inv), 0.0f), 3.0f));
   }
 
-  KK_HD static void encode(Side side_kind, const float* x, int64_t first, int64_t n, uint8_t* side, int64_t page_size, int64_t D) {
+  KK_HD static void encode(Side side_kind, const float* x, int64_t first, int64_t n, uint8_t* side, int64_t page_size,
+                           int64_t D) {
     const int64_t so = scale_offset(page_size, D), zo = zero_offset(side_kind, page_size, D);
     const int64_t groups = D / v_group;
     if (side_kind == Side::K)  // first == 0 and n == page_size: a channel's tokens are coded at once
@@ -93,7 +94,8 @@ struct kivi2 {
     }
   }
 
-  KK_HD static void decode(Side side_kind, const uint8_t* side, int64_t first, int64_t n, float* x, int64_t page_size, int64_t D) {
+  KK_HD static void decode(Side side_kind, const uint8_t* side, int64_t first, int64_t n, float* x, int64_t page_size,
+                           int64_t D) {
     const int64_t so = scale_offset(page_size, D), zo = zero_offset(side_kind, page_size, D);
     for (int64_t t = first; t < first + n; ++t, x += D)
       for (int64_t c = 0; c < D; ++c) {

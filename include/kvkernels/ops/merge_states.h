@@ -12,7 +12,7 @@ struct MergeStatesParams {
   void* out;          // [N, D] contiguous, dtype
   float* lse;         // [N]
   int64_t S, N, D;
-  DType dtype;        // f32 f16 bf16
+  DType dtype;  // f32 f16 bf16
 };
 
 namespace cpu {
