@@ -5,7 +5,8 @@
 // are read:
 //   bf16 f16 u8            as fp32 rows (rows.h)
 //   u4 u3 u2               as byte codes against integer digits of q and of p * scale (codes.h), 4 products an instruction
-//   kivi2, or no AVX2      decoded to fp32 rows first
+//   kivi2                  as fp32 rows, the channels' scales and zero points multiplied into q once per page
+//   u4 u3 u2 without AVX2  decoded to fp32 rows first
 // Rotated formats see q' = H diag(1/t) q and give their sums in the rotated basis; every pool has its own sums, and they
 // are brought to the plain basis once, at the end of the task. Intervals of one sequence are merged by their (max, sum).
 #include "kvkernels/ops/quant_attention.h"
@@ -80,32 +81,19 @@ void rotate_row(float* x) {
   each<N>([&](auto i) { (v[i] * F::fill(fwht_scale(D))).store(x + F::W * i); });
 }
 
-// One token in fp32 as it is stored: rotated formats stay rotated.
+// One token of u4, u3 or u2 in fp32, still rotated.
 template <typename Fmt, int64_t D>
-void decode_stored(Side side_kind, const uint8_t* side, int64_t token, int64_t page_size, float* x) {
+void decode_rotated(const uint8_t* side, int64_t token, int64_t page_size, float* x) {
   constexpr int N = D / F::W;
   F c[N];
-  if constexpr (Fmt::rotated) {
-    const uint8_t* low = side + token * (D * Fmt::low_bits / 8);
-    const uint8_t* high = side + Fmt::plane1_offset(page_size, D) + token * (D / 8);
-    const uint8_t* scale = side + Fmt::scales_offset(page_size, D) + token * Fmt::groups(D) * 2;
-    for (int i = 0; i < N; i += 4)
-      unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::low_bits, high + i / 4 * (F::W / 2), c + i);
-    for (int i = 0; i < N; ++i) {
-      const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
-      (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
-    }
-  } else {
-    const uint8_t* scale = side + kivi2::scale_offset(page_size, D);
-    const uint8_t* zero = side + kivi2::zero_offset(side_kind, page_size, D);
-    for (int i = 0; i < N; i += 4) unpack_codes<2>(side + token * (D / 4) + i / 4 * F::W, nullptr, c + i);
-    for (int i = 0; i < N; ++i) {
-      const int64_t at =
-          side_kind == Side::K ? i * F::W * 2 : (token * (D / kivi2::v_group) + i * F::W / kivi2::v_group) * 2;
-      const F s = side_kind == Side::K ? load<DType::f16>(scale + at) : F::fill(half_value(load_u16(scale + at)));
-      const F z = side_kind == Side::K ? load<DType::f16>(zero + at) : F::fill(half_value(load_u16(zero + at)));
-      fma(s, c[i], z).store(x + i * F::W);
-    }
+  const uint8_t* low = side + token * (D * Fmt::low_bits / 8);
+  const uint8_t* high = side + Fmt::plane1_offset(page_size, D) + token * (D / 8);
+  const uint8_t* scale = side + Fmt::scales_offset(page_size, D) + token * Fmt::groups(D) * 2;
+  for (int i = 0; i < N; i += 4)
+    unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::low_bits, high + i / 4 * (F::W / 2), c + i);
+  for (int i = 0; i < N; ++i) {
+    const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
+    (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
   }
 }
 
@@ -278,12 +266,14 @@ struct Task {
 #if defined(__AVX2__)
         if constexpr (uses_codes<Fmt>) return code_scores<Fmt>(c);
 #endif
-        if constexpr (same<Fmt, u8>)
+        if constexpr (same<Fmt, u8>) {
           u8_scores(c, next);
-        else {
+        } else if constexpr (same<Fmt, kivi2>) {
+          kivi2_scores(c);
+        } else {
           decode_chunk<Fmt>(Side::K, c);
-          row_scores<D>(LoadF32{decoded, D}, c.n, Fmt::rotated ? q_rot : q, D, rows, s);
-          if constexpr (Fmt::rotated) add_q_mu(c.n);
+          row_scores<D>(LoadF32{decoded, D}, c.n, q_rot, D, rows, s);
+          add_q_mu(c.n);
         }
       }
     });
@@ -305,8 +295,7 @@ struct Task {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       for (int j = 0; j < pc.n; ++j)
-        decode_stored<Fmt, D>(side, side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size,
-                              decoded + (pc.col + j) * D);
+        decode_rotated<Fmt, D>(side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size, decoded + (pc.col + j) * D);
     }
   }
 
@@ -333,6 +322,47 @@ struct Task {
         for (int64_t j = 0; j < n * kGroups; ++j) scale[j % kGroups * kChunk + pc.col + j / kGroups] = both[j];
       }
     }
+  }
+
+  // q.(zero + scale * code) = (q scale).code + q.zero, scale and zero of the page's channels.
+  void kivi2_scores(const Chunk& c) {
+    float* q_page = decoded;  // [rows][D]
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      const uint8_t* scale = pc.k + kivi2::scale_offset(p.page_size, D);
+      const uint8_t* zero = pc.k + kivi2::zero_offset(Side::K, p.page_size, D);
+      const LoadCode2 codes{pc.k + pc.token * (D / 4), D / 4};
+      float part[kMaxRows * kChunk], q_zero[kMaxRows];
+      for (int r = 0; r < rows; ++r) {
+        F dot = F::zero();
+        for (int64_t j = 0; j < D; j += F::W) {
+          const F x = F::load(q + r * D + j);
+          (x * load<DType::f16>(scale + j * 2)).store(q_page + r * D + j);
+          dot = fma(x, load<DType::f16>(zero + j * 2), dot);
+        }
+        q_zero[r] = dot.fold_sum();
+      }
+      row_scores<D>(codes, pc.n, q_page, D, rows, part);
+      for (int r = 0; r < rows; ++r)
+        for (int j = 0; j < pc.n; ++j) s[r * kChunk + pc.col + j] = part[r * kChunk + j] + q_zero[r];
+    }
+  }
+
+  void kivi2_accumulate(const Chunk& c, PoolState& st) {
+    constexpr int64_t groups = D / kivi2::v_group;
+    float scale[kRowChunk * groups], zero[kRowChunk * groups];
+    const uint8_t* row[kRowChunk];
+    row_pointers(c, D / 4, false, row);
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      const uint8_t* from = pc.v + kivi2::scale_offset(p.page_size, D) + pc.token * groups * 2;
+      const int64_t to_zero = p.page_size * groups * 2;
+      for (int64_t j = 0; j < pc.n * groups; ++j) {
+        scale[pc.col * groups + j] = half_value(load_u16(from + j * 2));
+        zero[pc.col * groups + j] = half_value(load_u16(from + to_zero + j * 2));
+      }
+    }
+    row_accumulate<D>(LoadAffine2{row, scale, zero, groups}, c.n, s, rows, st.acc, st.lanes);
   }
 
   void u8_scores(const Chunk& c, const Chunk& next) {
@@ -630,9 +660,11 @@ struct Task {
 #if defined(__AVX2__)
         if constexpr (uses_codes<Fmt>) return code_accumulate<Fmt>(c, st);
 #endif
-        if constexpr (same<Fmt, u8>)
+        if constexpr (same<Fmt, u8>) {
           u8_accumulate(c, next, st);
-        else {
+        } else if constexpr (same<Fmt, kivi2>) {
+          kivi2_accumulate(c, st);
+        } else {
           decode_chunk<Fmt>(Side::V, c);
           row_accumulate<D>(LoadF32{decoded, D}, c.n, s, rows, st.acc, st.lanes);
         }

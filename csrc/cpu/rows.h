@@ -34,6 +34,24 @@ struct LoadU8 {  // levels in units of the scale
   F operator()(int c, int64_t i) const { return F::load_u8(rows[c] + i) - F::fill(127.5f); }
   void ahead(int c, int64_t i) const { __builtin_prefetch(next[c] + i, 0, 3); }
 };
+struct LoadCode2 {  // codes of kivi2 keys, whose scale and zero point are of the channel: they go to the query
+  static constexpr int kLine = 256;
+  const uint8_t* rows;
+  int64_t stride;
+  F operator()(int c, int64_t i) const { return F::load_u2(rows + c * stride + i / 4); }
+  void ahead(int, int64_t) const {}  // 32 bytes a token at D = 128: left to the processor
+};
+struct LoadAffine2 {  // kivi2 values: zero + scale * code, both of the token and 32 channels
+  static constexpr int kLine = 256;
+  const uint8_t* const* rows;
+  const float *scale, *zero;  // [token][groups]
+  int64_t groups;
+  F operator()(int c, int64_t i) const {
+    const int64_t g = c * groups + i / 32;
+    return fma(F::load_u2(rows[c] + i / 4), F::fill(scale[g]), F::fill(zero[g]));
+  }
+  void ahead(int, int64_t) const {}
+};
 struct LoadF32 {  // a buffer in L1
   static constexpr int kLine = 16;
   const float* rows;

@@ -28,6 +28,12 @@ struct F {
   static F load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
+  static F load_u2(const uint8_t* p) {  // W codes of 2 bits
+    int32_t x;
+    memcpy(&x, p, 4);
+    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(x), shift), _mm512_set1_epi32(3)));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_f16(uint16_t* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, 0)); }
   void store_bf16(uint16_t* p) const {
@@ -122,6 +128,12 @@ struct F {
   static F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static F load_u8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
+  static F load_u2(const uint8_t* p) {
+    uint16_t x;
+    memcpy(&x, p, 2);
+    const __m256i shift = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(x), shift), _mm256_set1_epi32(3)));
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_f16(uint16_t* p) const { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0)); }
@@ -229,6 +241,9 @@ struct F {
   }
   static F load_u8(const uint8_t* p) {
     return each([&](int i) { return static_cast<float>(p[i]); });
+  }
+  static F load_u2(const uint8_t* p) {
+    return each([&](int i) { return static_cast<float>(*p >> (2 * i) & 3); });
   }
   void store(float* p) const { memcpy(p, &v, 16); }
   void store_f16(uint16_t* p) const {
