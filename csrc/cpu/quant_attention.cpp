@@ -790,14 +790,26 @@ struct Task {
   static void add_lanes(const float* acc, float* out) {
 #if defined(__AVX2__)
     if constexpr (uses_codes<Fmt>) {
-      for (int64_t i = 0; i < D; ++i) out[Plane<Fmt::low_bits, 0>::v_channel(i, D)] += acc[i];
-      if constexpr (kPlanes<Fmt> == 2)
-        for (int64_t i = 0; i < D; ++i) out[Plane<1, 2>::v_channel(i, D)] += acc[D + i];
+      static constexpr LaneOf<Plane<Fmt::low_bits, 0>> low;
+      for (int64_t i = 0; i < D; ++i) out[i] += acc[low.lane[i]];
+      if constexpr (kPlanes<Fmt> == 2) {
+        static constexpr LaneOf<Plane<1, 2>> high;
+        for (int64_t i = 0; i < D; ++i) out[i] += acc[D + high.lane[i]];
+      }
       return;
     }
 #endif
     for (int64_t i = 0; i < D; ++i) out[i] += acc[i];
   }
+#if defined(__AVX2__)
+  template <typename P>
+  struct LaneOf {  // the lane that holds a channel
+    int32_t lane[D];
+    constexpr LaneOf() : lane() {
+      for (int64_t i = 0; i < D; ++i) lane[P::v_channel(i, D)] = static_cast<int32_t>(i);
+    }
+  };
+#endif
 };
 
 // ---- results
