@@ -332,6 +332,7 @@ struct Task {
       const uint8_t* scale = pc.k + kivi2::scale_offset(p.page_size, D);
       const uint8_t* zero = pc.k + kivi2::zero_offset(Side::K, p.page_size, D);
       const LoadCode2 codes{pc.k + pc.token * (D / 4), D / 4};
+      prefetch(pc.n);
       float part[kMaxRows * kChunk], q_zero[kMaxRows];
       for (int r = 0; r < rows; ++r) {
         F dot = F::zero();
@@ -716,13 +717,20 @@ struct Task {
     for (int side = 0; side < 2; ++side)
       with_format(side == 0 ? c.pool->k_format : c.pool->v_format, [&](auto fmt) {
         using Fmt = decltype(fmt);
-        if constexpr (Fmt::rotated && Fmt::bits <= 4)
+        if constexpr (Fmt::packed && Fmt::bits <= 4)
           for (int i = 0; i < c.pieces && num_ranges + 3 <= kMaxRanges; ++i) {
             const Piece& pc = c.piece[i];
             const uint8_t* x = side == 0 ? pc.k : pc.v;
-            add(x + pc.token * (D * Fmt::low_bits / 8), pc.n * (D * Fmt::low_bits / 8));
-            if (Fmt::bits == 3) add(x + Fmt::plane1_offset(p.page_size, D) + pc.token * (D / 8), pc.n * (D / 8));
-            add(x + Fmt::scales_offset(p.page_size, D) + pc.token * kGroups * 2, pc.n * kGroups * 2);
+            if constexpr (Fmt::rotated) {
+              add(x + pc.token * (D * Fmt::low_bits / 8), pc.n * (D * Fmt::low_bits / 8));
+              if (Fmt::bits == 3) add(x + Fmt::plane1_offset(p.page_size, D) + pc.token * (D / 8), pc.n * (D / 8));
+              add(x + Fmt::scales_offset(p.page_size, D) + pc.token * kGroups * 2, pc.n * kGroups * 2);
+            } else {
+              const Side kind = side == 0 ? Side::K : Side::V;
+              add(x + pc.token * (D / 4), pc.n * (D / 4));
+              add(x + kivi2::scale_offset(p.page_size, D),
+                  kivi2::side_bytes(kind, p.page_size, D) - p.page_size * (D / 4));
+            }
           }
       });
   }

@@ -12,7 +12,7 @@ from kvkernels.formats import format as parse_format
 from kvkernels.ops.pack_pages import pack_pages
 from kvkernels.ops.quant_attention import quant_attention
 from kvkernels.ops.write_kv import write_kv
-from kvkernels.paged_kv import FORMAT_OF_DTYPE, PAGE_BITS, PAGE_MASK, KVTransform, PagedKV
+from kvkernels.paged_kv import FORMAT_OF_DTYPE, PAGE_BITS, PAGE_MASK, KVTransform, PagedKV, zero_pool
 
 WINDOW, PACKED = (
     0,
@@ -32,7 +32,7 @@ class _Pages:
     """The pages of one pool: their memory, how many sequences use each, which are free."""
 
     def __init__(self, shape: tuple[int, int], num_pages: int, device: torch.device | str | None):
-        self.data = torch.zeros(num_pages, *shape, dtype=torch.uint8, device=device)
+        self.data = zero_pool((num_pages, *shape), device)
         self.users = [0] * num_pages
         self.free = list(range(num_pages))[::-1]
 
@@ -46,7 +46,7 @@ class _Pages:
         if need <= old:
             return
         new = max(need, min(old + old // 2, enough))
-        grown = self.data.new_zeros(new, *self.data.shape[1:])
+        grown = zero_pool((new, *self.data.shape[1:]), self.data.device)
         grown[:old] = self.data
         self.data = grown
         self.users += [0] * (new - old)
