@@ -23,9 +23,8 @@ struct I {
   static I load(const void* p) { return _mm512_loadu_si512(p); }
   static I fill(int32_t x) { return _mm512_set1_epi32(x); }
   void store(void* p) const { _mm512_storeu_si512(p, v); }
-  void store_bytes(uint8_t* p) const {
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v));
-  }  // the low byte of each
+  // the low byte of each
+  void store_bytes(uint8_t* p) const { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
   // 128-bit lane L: the 16 bytes at p + (4L) * stride.
   static I load_lanes(const uint8_t* p, int64_t stride) {
     const auto at = [&](int L) { return _mm_loadu_si128((const __m128i*)(p + 4 * L * stride)); };
