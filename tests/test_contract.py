@@ -80,6 +80,18 @@ def test_bits_do_not_depend_on_threads_or_company(
         assert torch.equal(part_lse, lse[rows])
 
 
+def test_read_kv_writes_where_it_is_told() -> None:
+    op = OPS["read_kv"]
+    (kv, pool, slots), _ = op.make({**op.cases()[0], "format": "u2"})
+    k, v = kk.read_kv(kv, pool, slots, torch.bfloat16)
+    out = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))
+    assert kk.read_kv(kv, pool, slots, out=out)[0] is out[0]
+    assert torch.equal(out[0], k)
+    assert torch.equal(out[1], v)
+    with pytest.raises(ValueError, match="k must be contiguous"):
+        kk.read_kv(kv, pool, slots, out=(out[0].transpose(0, 1).contiguous().transpose(0, 1), out[1]))
+
+
 def test_out_and_lse_options() -> None:
     case = {
         "Tq": 2,

@@ -18,7 +18,8 @@ FORMATS = ("bf16", "u4", "u2", "kivi2")
 def races(threads: int, quick: bool) -> Iterator[Race]:
     length = 2048 if quick else 32768
     k, v = (torch.randn(length, HKV, D, dtype=torch.bfloat16) for _ in "kv")
-    k_copy, v_copy = torch.empty_like(k), torch.empty_like(v)
+    k_copy, v_copy = torch.zeros_like(k), torch.zeros_like(v)
+    out = torch.zeros_like(k), torch.zeros_like(v)
     size = 2.0 * k.numel() * k.element_size()
 
     def copy() -> None:
@@ -35,7 +36,7 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         contestants.append(
             Contestant(
                 name,
-                partial(kk.read_kv, kv, 0, slots),
+                partial(kk.read_kv, kv, 0, slots, out=out),
                 reads=0.0,
                 flops=rotation,
                 copies=(stored + size) / 2,

@@ -15,12 +15,19 @@ FORMATS = tuple(f.name for f in formats())
 _op = torch.ops.kvkernels.read_kv.default
 
 
-def read_kv(kv: PagedKV, pool: int, slots: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def read_kv(
+    kv: PagedKV,
+    pool: int,
+    slots: Tensor,
+    dtype: torch.dtype = torch.float32,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Keys and values of T tokens of one pool, un-rotated and with the key transform undone.
 
     kv, pool   which pool of which cache
     slots      int64 [T]: page * page_size + offset in the page. Negative: the row is zero.
     dtype      of the result: float32, float16 or bfloat16
+    out        where to write k and v: contiguous [T, Hkv, D], of any of these dtypes; then dtype does not count
 
     Returns k, v [T, Hkv, D]; T = 0 gives empty ones. ValueError: dtypes, shapes or devices that do not fit, a pool kv
     does not have, a slot past the pool (seen on CPU).
@@ -28,12 +35,16 @@ def read_kv(kv: PagedKV, pool: int, slots: Tensor, dtype: torch.dtype = torch.fl
     Source: the formats' own definitions, kvkernels/formats.
     """
     first, second, code = _args.one_pool("read_kv", kv, pool)
-    if torch.is_grad_enabled():
-        _args.refuse_grad("read_kv", k_cache=first, v_cache=second)
     head_dim = _args.head_dim(kv)
-    shape = (slots.shape[0] if slots.dim() else 0, first.shape[1], head_dim)
-    k = torch.empty(shape, dtype=dtype, device=first.device)
-    v = torch.empty(shape, dtype=dtype, device=first.device)
+    if out is None:
+        shape = (slots.shape[0] if slots.dim() else 0, first.shape[1], head_dim)
+        out = (
+            torch.empty(shape, dtype=dtype, device=first.device),
+            torch.empty(shape, dtype=dtype, device=first.device),
+        )
+    k, v = out
+    if torch.is_grad_enabled():
+        _args.refuse_grad("read_kv", k_cache=first, v_cache=second, k=k, v=v)
     centre, balance = kv.transform or (None, None)
     try:
         _op(first, second, code, kv.page_size, head_dim, slots, centre, balance, k, v)
