@@ -15,7 +15,7 @@ namespace kk::bind {
 namespace {
 
 // Lengths and page ids of a CPU call are visible, so a bad one is an error and not a read outside the pool. One compare per
-// page: under 1 % of the attention itself. Pages before a sliding window are not looked at; the caller may have freed them.
+// page, against all its tokens. Pages before a sliding window are not looked at; the caller may have freed them.
 void check_pages(const Check& c, const QuantAttentionParams& p) {
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t len = p.seq_lens[b];

@@ -26,7 +26,7 @@ MADV_HUGEPAGE = 14  # <sys/mman.h>
 
 def zero_pool(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """uint8 zeros. On Linux a large pool in main memory asks for huge pages before it is first touched: pages of a
-    sequence lie anywhere in it, and with 4 KB of memory per TLB entry 16-bit attention loses a tenth of its speed."""
+    sequence lie anywhere in it, and with 4 KB of memory per TLB entry most of them would begin with a miss."""
     pool = torch.empty(tuple(shape), dtype=torch.uint8, device=device)
     if type(pool) is Tensor and pool.device.type == "cpu" and pool.nbytes > 2 * HUGE_PAGE and sys.platform == "linux":
         begin = -(-pool.data_ptr() // HUGE_PAGE) * HUGE_PAGE
