@@ -9,4 +9,9 @@ struct CpuExec {
   // Calls task(arg, i) for i in [0, n), n <= threads, each on its own thread. Tasks must not throw.
   void (*run)(int n, void (*task)(void* arg, int i), void* arg);
 };
+
+struct CudaExec {
+  void* stream;  // cudaStream_t; everything is enqueued on it, nothing waits for it
+  int device;
+};
 }  // namespace kk

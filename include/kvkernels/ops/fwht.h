@@ -17,5 +17,8 @@ struct FwhtParams {
 namespace cpu {
 void fwht(const FwhtParams& p, const CpuExec& exec);
 }
+namespace cuda {
+void fwht(const FwhtParams& p, const CudaExec& exec);
+}
 
 }  // namespace kk

@@ -18,5 +18,8 @@ struct MergeStatesParams {
 namespace cpu {
 void merge_states(const MergeStatesParams& p, const CpuExec& exec);
 }
+namespace cuda {
+void merge_states(const MergeStatesParams& p, const CudaExec& exec);
+}
 
 }  // namespace kk

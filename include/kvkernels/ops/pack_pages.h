@@ -15,5 +15,8 @@ struct PackPagesParams {
 namespace cpu {
 void pack_pages(const PackPagesParams& p, const CpuExec& exec);
 }
+namespace cuda {
+void pack_pages(const PackPagesParams& p, const CudaExec& exec);
+}
 
 }  // namespace kk

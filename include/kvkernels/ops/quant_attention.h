@@ -34,5 +34,9 @@ namespace cpu {
 int64_t quant_attention_workspace(const QuantAttentionParams& p, const CpuExec& exec);
 void quant_attention(const QuantAttentionParams& p, const CpuExec& exec);
 }  // namespace cpu
+namespace cuda {
+int64_t quant_attention_workspace(const QuantAttentionParams& p, const CudaExec& exec);
+void quant_attention(const QuantAttentionParams& p, const CudaExec& exec);
+}  // namespace cuda
 
 }  // namespace kk

@@ -18,5 +18,8 @@ struct ReadKvParams {
 namespace cpu {
 void read_kv(const ReadKvParams& p, const CpuExec& exec);
 }
+namespace cuda {
+void read_kv(const ReadKvParams& p, const CudaExec& exec);
+}
 
 }  // namespace kk

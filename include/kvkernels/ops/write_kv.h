@@ -19,5 +19,8 @@ struct WriteKvParams {
 namespace cpu {
 void write_kv(const WriteKvParams& p, const CpuExec& exec);
 }
+namespace cuda {
+void write_kv(const WriteKvParams& p, const CudaExec& exec);
+}
 
 }  // namespace kk
