@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind/simt.h"
 #include "kvkernels/pool.h"
 
 namespace kk::bind {
@@ -67,8 +68,15 @@ class Check {
 
   void same_dtype(const View& v, const View& like) const;
   void contiguous(const View& v) const;
-  // Written by several threads: no two elements may share memory.
+  // For what the op writes. Written by several threads: no two elements may share memory.
   void writable(const View& v) const;
+
+  // Of the tensors checked so far.
+  bool on_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
+  int32_t device_type() const { return device_type_; }
+  int32_t device_index() const { return device_index_; }
+  std::string device() const;
+  Arguments& arguments() { return arguments_; }
 
   // refuse("q.size(1) = ", n, " is odd") throws ValueError "op: q.size(1) = 3 is odd".
   template <typename... Args>
@@ -96,6 +104,7 @@ class Check {
   int32_t device_type_ = 0, device_index_ = 0;
   Bound bound_[kMaxBound];
   int num_bound_ = 0;
+  Arguments arguments_;
 };
 
 }  // namespace kk::bind

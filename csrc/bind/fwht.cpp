@@ -44,22 +44,22 @@ Tensor fwht(const Tensor& input, double scale) {
   Tensor copy = input;
   if (!one_row_stride(x, &p.x_stride)) {
     copy = torch::stable::contiguous(input);
-    x = view("x", copy);
+    x = c.any("x", copy, kFloats | kF64);
     p.x_stride = p.n;
   }
-  int32_t dtype = 0, device = 0, index = 0;
+  int32_t dtype = 0;
   aoti_torch_get_dtype(x.handle, &dtype);
-  aoti_torch_get_device_type(x.handle, &device);
-  aoti_torch_get_device_index(x.handle, &index);
-  Tensor out = empty(x.size, x.dim, dtype, device, index);
+  Tensor out = empty(x.size, x.dim, dtype, c.device_type(), c.device_index());
   p.rows = 1;
   for (int64_t i = 0; i < x.dim - 1; ++i) p.rows *= x.size[i];
   if (p.rows == 0) return out;
   p.x = x.data();
-  p.y = out.mutable_data_ptr();
+  const View y = view("out", out);
+  c.writable(y);
+  p.y = y.mutable_data();
   p.dtype = dtype_of(x);
   p.scale = scale;
-  cpu::fwht(p, cpu_exec());
+  on_device(c, [&](const auto& exec) { backend::fwht(p, exec); });
   return out;
 }
 
@@ -67,4 +67,4 @@ Tensor fwht(const Tensor& input, double scale) {
 }  // namespace kk::bind
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) { m.def("fwht(Tensor x, float scale) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("fwht", TORCH_BOX(&kk::bind::fwht)); }
+KK_REGISTER(fwht)

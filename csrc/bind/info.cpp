@@ -17,7 +17,13 @@ std::string build_info() {
 #else
   s += "], \"assert\": false";
 #endif
-  return s + ", \"cuda\": false, \"compiler\": \"" __VERSION__ "\"}";
+#if defined(KK_CUDA)
+  s += ", \"cuda\": \"" KK_CUDA "\"";  // CMAKE_CUDA_ARCHITECTURES
+#else
+  s += ", \"cuda\": null";
+#endif
+  s += kEmulated ? ", \"simt\": true" : ", \"simt\": false";
+  return s + ", \"compiler\": \"" __VERSION__ "\"}";
 }
 
 int64_t page_bytes_checked(int64_t k_format, int64_t v_format, int64_t page_size, int64_t head_dim) {

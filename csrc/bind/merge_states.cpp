@@ -25,8 +25,10 @@ void merge_states(const Tensor& outs, const Tensor& lses, const Tensor& out, con
   same_shape(c, o, "outs.shape[1:]", a.size + 1, a.dim - 1);
   same_shape(c, e, "lses.shape[1:]", l.size + 1, l.dim - 1);
   c.same_dtype(o, a);
-  c.contiguous(o);
-  c.contiguous(e);
+  for (const View* written : {&o, &e}) {
+    c.contiguous(*written);
+    c.writable(*written);
+  }
 
   MergeStatesParams p{};
   p.S = a.size[0];
@@ -36,14 +38,14 @@ void merge_states(const Tensor& outs, const Tensor& lses, const Tensor& out, con
   if (p.N == 0 || p.D == 0) return;
 
   Tensor outs_copy = outs, lses_copy = lses;
-  if (!a.contiguous()) outs_copy = torch::stable::contiguous(outs), a = view("outs", outs_copy);
-  if (!l.contiguous()) lses_copy = torch::stable::contiguous(lses), l = view("lses", lses_copy);
+  if (!a.contiguous()) outs_copy = torch::stable::contiguous(outs), a = c.any("outs", outs_copy, kFloats);
+  if (!l.contiguous()) lses_copy = torch::stable::contiguous(lses), l = c.any("lses", lses_copy, kF32);
   p.outs = a.data();
   p.lses = l.data<float>();
   p.out = o.mutable_data();
   p.lse = e.mutable_data<float>();
   p.dtype = dtype_of(a);
-  cpu::merge_states(p, cpu_exec());
+  on_device(c, [&](const auto& exec) { backend::merge_states(p, exec); });
 }
 
 }  // namespace
@@ -52,4 +54,4 @@ void merge_states(const Tensor& outs, const Tensor& lses, const Tensor& out, con
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def("merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("merge_states", TORCH_BOX(&kk::bind::merge_states)); }
+KK_REGISTER(merge_states)

@@ -33,13 +33,13 @@ void pack_pages(const Tensor& src, const std::optional<Tensor>& src_v, int64_t s
   p.Hkv = src.size(1);
   p.D = head_dim;
   p.page_size = page_size;
-  for (int64_t i = 0; i < p.N; ++i) {
+  for (int64_t i = 0; c.on_cpu() && i < p.N; ++i) {
     const int32_t s = p.pairs[2 * i], d = p.pairs[2 * i + 1];
     if (s < 0 || d < 0) continue;
     if (s >= p.src.num_pages) c.refuse("pairs[", i, ", 0] = ", s, ", but src has ", p.src.num_pages, " pages");
     if (d >= p.dst.num_pages) c.refuse("pairs[", i, ", 1] = ", d, ", but dst has ", p.dst.num_pages, " pages");
   }
-  if (p.N > 0 && p.Hkv > 0) cpu::pack_pages(p, cpu_exec());
+  if (p.N > 0 && p.Hkv > 0) on_device(c, [&](const auto& exec) { backend::pack_pages(p, exec); });
 }
 
 }  // namespace
@@ -50,4 +50,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
       "pack_pages(Tensor src, Tensor? src_v, int src_format, Tensor(a!) dst, Tensor(b!)? dst_v, int dst_format, "
       "SymInt page_size, SymInt head_dim, Tensor pairs, Tensor? centre, Tensor? balance) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("pack_pages", TORCH_BOX(&kk::bind::pack_pages)); }
+KK_REGISTER(pack_pages)

@@ -95,6 +95,7 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
   if (lse_arg) {
     const View lse = c.is("lse", *lse_arg, kF32, several ? "B Tq Hq" : "B Hq");
     c.contiguous(lse);
+    c.writable(lse);
     p.lse = lse.mutable_data<float>();
   }
   if (split_tokens < 0 || split_tokens % 16)
@@ -117,12 +118,13 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
   p.softcap = static_cast<float>(softcap);
   if (sinks) p.sinks = sinks.data<float>();
   p.split_tokens = split_tokens;
-  check_pages(c, p);
+  if (c.on_cpu()) check_pages(c, p);
 
-  const CpuExec exec = cpu_exec();
-  const Workspace workspace(cpu::quant_attention_workspace(p, exec));
-  p.workspace = workspace.data();
-  cpu::quant_attention(p, exec);
+  on_device(c, [&](const auto& exec) {
+    const Workspace workspace(c, backend::quant_attention_workspace(p, exec));
+    p.workspace = workspace.data();
+    backend::quant_attention(p, exec);
+  });
 }
 
 }  // namespace
@@ -135,4 +137,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
       "alibi_slopes, "
       "SymInt split_tokens, Tensor(a!) out, Tensor(b!)? lse) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("quant_attention", TORCH_BOX(&kk::bind::quant_attention)); }
+KK_REGISTER(quant_attention)

@@ -25,8 +25,10 @@ void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t fo
   p.transform = make_transform(c, centre, balance);
   const View k = c.is("k", k_arg, kFloats, "T Hkv D"), v = c.is("v", v_arg, kFloats, "T Hkv D");
   c.same_dtype(v, k);
-  c.contiguous(k);
-  c.contiguous(v);
+  for (const View* out : {&k, &v}) {
+    c.contiguous(*out);
+    c.writable(*out);
+  }
   check_slots(c, slots, kNames.record, p.pool, page_size);
 
   p.k = k.mutable_data();
@@ -35,7 +37,7 @@ void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t fo
   p.slots = slots.data<int64_t>();
   p.T = k.size[0], p.Hkv = k.size[1], p.D = head_dim;
   p.page_size = page_size;
-  if (p.T > 0 && p.Hkv > 0) cpu::read_kv(p, cpu_exec());
+  if (p.T > 0 && p.Hkv > 0) on_device(c, [&](const auto& exec) { backend::read_kv(p, exec); });
 }
 
 }  // namespace
@@ -47,4 +49,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
       "centre, "
       "Tensor? balance, Tensor(a!) k, Tensor(b!) v) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("read_kv", TORCH_BOX(&kk::bind::read_kv)); }
+KK_REGISTER(read_kv)

@@ -38,7 +38,7 @@ void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, cons
   p.slots = slots.data<int64_t>();
   p.T = k.size[0], p.Hkv = k.size[1], p.D = k.size[2];
   p.page_size = page_size;
-  if (p.T > 0 && p.Hkv > 0) cpu::write_kv(p, cpu_exec());
+  if (p.T > 0 && p.Hkv > 0) on_device(c, [&](const auto& exec) { backend::write_kv(p, exec); });
 }
 
 }  // namespace
@@ -49,4 +49,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
       "write_kv(Tensor k, Tensor v, Tensor(a!) pool, Tensor(b!)? pool_v, int format, SymInt page_size, Tensor slots, "
       "Tensor? centre, Tensor? balance) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl("write_kv", TORCH_BOX(&kk::bind::write_kv)); }
+KK_REGISTER(write_kv)
