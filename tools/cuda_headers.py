@@ -2,8 +2,8 @@
 
     python tools/cuda_headers.py
 
-Looked for in this order: CUDA_HOME, CUDA_PATH, the toolkit of nvcc on PATH, /usr/local/cuda, and this interpreter's packages
-nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl (7 MB to download), which share the folder nvidia/cu13.
+Looked for in this order: CUDA_HOME, CUDA_PATH, the toolkit of nvcc on PATH, /usr/local/cuda, and this interpreter's
+packages nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl (7 MB to download), which share the folder nvidia/cu13.
 """
 
 import os
