@@ -3,7 +3,7 @@
     python tools/cuda_headers.py
 
 Looked for in this order: CUDA_HOME, CUDA_PATH, the toolkit of nvcc on PATH, /usr/local/cuda, and this interpreter's
-packages nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl (7 MB to download), which share the folder nvidia/cu13.
+packages nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl (7 MB), all in nvidia/cu13.
 """
 
 import os
