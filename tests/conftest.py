@@ -1,11 +1,22 @@
-"""What all tests share: poisoned memory, thread counts, and the rule by which a kernel passes."""
+"""What all tests share: where ops run, poisoned memory, thread counts, and the rule by which a kernel passes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import backends
 import pytest
 import torch
 from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ops run where tests/backends.py says, but in tests marked `traced`, which hand an op to a compiler as it is."""
+    if request.node.get_closest_marker("traced"):
+        yield
+        return
+    with backends.schedule(request.node.nodeid), backends.on_backend():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -61,6 +72,24 @@ def assert_as_good_as(kernel: Tensor, plain: Tensor, exact: Tensor, what: str = 
     tiny = (1e-14 if kernel.dtype == torch.float64 else tiny) * max(scale, 1.0)
     got, bound = error(kernel, exact), 2 * error(plain, exact) + tiny
     assert got <= bound, f"{what}: error {got:.3g}, plain PyTorch allows {bound:.3g}, values up to {scale:.3g}"
+
+
+def rounding(x: Tensor) -> float:
+    """What rounding to x's dtype may change at x's largest value; 0 for float32, whose bounds are in the tests."""
+    return 0.0 if x.dtype == torch.float32 else x.abs().max().item() * torch.finfo(x.dtype).eps / 2
+
+
+def to_device(x: Any) -> Any:
+    """Nested arguments with their tensors on the device of the tests, with the same strides."""
+    if isinstance(x, Tensor):
+        moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=backends.DEVICE)
+        return moved.copy_(x)
+    if isinstance(x, dict):
+        return {k: to_device(v) for k, v in x.items()}
+    if isinstance(x, tuple):
+        parts = [to_device(v) for v in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
 
 
 def tensors_of(x: Any) -> list[Tensor]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_as_good_as, tensors_of
+from backends import CPU, DEVICE, GPU, Q_DTYPE, not_emulated
+from conftest import assert_as_good_as, rounding, tensors_of, to_device
 from torch import Tensor
 
 import kvkernels as kk
@@ -35,7 +36,7 @@ def test_matches_reference(name: str, case: Case, threads: Callable[[int], None]
     exact = as_tuple(op.reference(*args, **{**kwargs, "dtype": torch.float64}))  # may write into its args
     written = tensors_of(args)
     plain: tuple[Any, ...] = ()
-    for n in (1, 2):
+    for n in (1, 2) if CPU else (1,):
         args, kwargs = op.make(case)
         threads(n)
         got = as_tuple(function(*args, **kwargs))
@@ -70,7 +71,7 @@ def test_bits_do_not_depend_on_threads_or_company(
     options["split_tokens"] = split_tokens
     threads(1)
     out, lse = kk.quant_attention(q, kv, table, lens, **options)
-    threads(2)
+    threads(2 if CPU else 1)
     for rows in (slice(0, 5), *(slice(i, i + 1) for i in range(5)), slice(1, 4)):
         some = dict(options)
         if case.get("alibi") == 2:
@@ -124,7 +125,7 @@ def test_records_and_caches_agree() -> None:
     bf16 = kk.format("bf16")
     pools: list[Any] = [record, (k, v), tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))]
     table, lens = torch.tensor([[3, 0, 4]], dtype=torch.int32), torch.tensor([77], dtype=torch.int32)
-    q = torch.randn(1, 4, 64, generator=gen)
+    q = torch.randn(1, 4, 64, generator=gen).to(Q_DTYPE)
     results = [kk.quant_attention(q, kk.PagedKV((p,), (bf16,), 32), table, lens) for p in pools]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
@@ -140,10 +141,11 @@ def test_one_pool_in_two_halves_merges_to_the_whole() -> None:
     rest = torch.stack([table[0].roll(-3), table[1].roll(-2)])
     second = kk.quant_attention(q, kv, rest, lens - head, return_lse=True)
     merged = kk.merge_states([first[0], second[0]], [first[1], second[1]])
-    torch.testing.assert_close(merged[0], out, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(merged[0], out, rtol=2e-5, atol=2e-5 + 3 * rounding(out))  # of two parts and of the whole
     torch.testing.assert_close(merged[1], lse, rtol=1e-5, atol=1e-5)
 
 
+@not_emulated  # which copies what an op is given
 @pytest.mark.parametrize("name", ["u2", "bf16", "bf16 NHD"])
 def test_pools_past_2_to_the_31(name: str, tmp_path: Path) -> None:
     """The last pages of a pool of more than 2^31 elements (a sparse file) work like those of a small pool."""
@@ -154,14 +156,17 @@ def test_pools_past_2_to_the_31(name: str, tmp_path: Path) -> None:
     dtype = torch.bfloat16 if " " in name else torch.uint8
 
     def sparse(file: str) -> Tensor:
-        flat = torch.from_file(str(tmp_path / file), shared=True, size=pages * page, dtype=dtype)
+        if GPU:
+            flat = torch.zeros(pages * page, dtype=dtype, device=DEVICE)
+        else:
+            flat = torch.from_file(str(tmp_path / file), shared=True, size=pages * page, dtype=dtype)
         return flat.view(pages, page_size, heads, D).transpose(1, 2) if " " in name else flat.view(pages, heads, -1)
 
     big: Any = (sparse("k"), sparse("v")) if " " in name else sparse("kv")
     small = tuple(x[:3].clone() for x in big) if " " in name else big[:3].clone()
     gen = torch.Generator().manual_seed(0)
     k, v = (torch.randn(2 * page_size, heads, D, generator=gen) for _ in range(2))
-    q = torch.randn(1, 32, D, generator=gen)
+    q = torch.randn(1, 32, D, generator=gen).to(Q_DTYPE)
     lens = torch.tensor([100], dtype=torch.int32)
     results = []
     for pool, last in ((small, 2), (big, pages - 1)):
@@ -185,10 +190,11 @@ SOME = [(name, case) for name in OPS for case in some_cases(name)]
 
 
 @pytest.mark.once
+@pytest.mark.traced
 @pytest.mark.parametrize(("name", "case"), SOME, ids=[label(*c) for c in SOME])
 def test_opcheck(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS[name]
-    args, kwargs = op.make(case)
+    args, kwargs = to_device(op.make(case))
     calls: list[tuple[Any, ...]] = []
     real = op._op
 
@@ -202,6 +208,7 @@ def test_opcheck(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.once
+@pytest.mark.traced
 @pytest.mark.parametrize("name", OPS)
 def test_compiles_whole(name: str) -> None:
     torch.compiler.reset()  # the ops share the code of `step`, and with it the limit on recompiles
@@ -213,10 +220,10 @@ def test_compiles_whole(name: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if name == "quant_attention" else "aot_eager")
     for case in some_cases(name):
-        args, kwargs = OPS[name].make(case)
+        args, kwargs = to_device(OPS[name].make(case))
         eager = as_tuple(step(*args, **kwargs))
         written = tensors_of(args)
-        args, kwargs = OPS[name].make(case)
+        args, kwargs = to_device(OPS[name].make(case))
         with torch.no_grad():
             got = as_tuple(compiled(*args, **kwargs))
         for mine, truth in zip((*got, *tensors_of(args)), (*eager, *written)):
@@ -224,6 +231,7 @@ def test_compiles_whole(name: str) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.traced
 def test_compiled_sizes_do_not_recompile_each_time() -> None:
     """A decode loop: batch, lengths and table widths change, two graphs (static, dynamic) must serve."""
     torch.compiler.reset()
@@ -232,7 +240,7 @@ def test_compiled_sizes_do_not_recompile_each_time() -> None:
     for B in (2, 3, 4, 5):
         case = {"Tq": 1, "Hq": 4, "Hkv": 2, "D": 64, "page_size": 16, "lens": (40 + 16 * B,) * B, "dtype": "float32",
                 "formats": ("u2",)}  # fmt: skip
-        args, _ = OPS["quant_attention"].make(case)
+        args, _ = to_device(OPS["quant_attention"].make(case))
         args = (args[0], _fixed_size(args[1], 64), *args[2:])
         torch.testing.assert_close(compiled(*args), kk.quant_attention(*args))
     assert graphs.frame_count <= 2

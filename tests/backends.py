@@ -1,0 +1,155 @@
+"""Where the ops of a test run: CPU kernels; CUDA kernels in the emulator; CUDA kernels on a GPU.
+
+    pytest                                                            the CPU kernels
+    KVKERNELS_LIBRARY=build/simt/kvkernels_simt_check.so pytest ...   the CUDA kernels, on this machine's CPU (tests/simt)
+    KVKERNELS_TEST_DEVICE=cuda pytest ...                             the CUDA kernels, on a GPU
+
+In the last two every CPU tensor that an op is given is copied first, gaps between its rows included, and what the op wrote
+is copied back: into memory that ends at a guard page, or onto the GPU. A tensor that is on the GPU already stays there.
+
+KVKERNELS_SIMT       late (default) | early | random: when the emulator lets cp.async land
+KVKERNELS_SIMT_SEED  the order of threads and blocks; every test has its own unless this is set, and prints it when it fails
+"""
+
+import importlib.util
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvkernels._library import LIBRARY
+from kvkernels.ops import OPS
+
+SIMT: bool = json.loads(torch.ops.kvkernels.build_info())["simt"]
+DEVICE = os.environ.get("KVKERNELS_TEST_DEVICE", "cpu")
+GPU = DEVICE.startswith("cuda")
+CPU = not SIMT and not GPU  # the CPU kernels
+
+# Of queries where a test does not care: the CUDA kernels multiply 16-bit numbers.
+Q_DTYPE = torch.float32 if CPU else torch.bfloat16
+
+on_gpu_only = pytest.mark.skipif(not GPU, reason="needs a GPU: KVKERNELS_TEST_DEVICE=cuda")
+on_cpu_only = pytest.mark.skipif(not CPU, reason="about the CPU kernels")
+not_emulated = pytest.mark.skipif(SIMT, reason="not in the emulator")
+
+
+def _emulator() -> ModuleType:
+    """The library itself, which is a Python module too."""
+    spec = importlib.util.spec_from_file_location(LIBRARY.stem, LIBRARY)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+emulator = _emulator() if SIMT else None
+
+
+@contextmanager
+def schedule(name: str) -> Iterator[None]:
+    """Runs kernels in a random order that the name of the test decides; fails on any report of the emulator."""
+    if emulator is None:
+        yield
+        return
+    copies = os.environ.get("KVKERNELS_SIMT", "late")
+    seed = int(os.environ.get("KVKERNELS_SIMT_SEED") or zlib.crc32(name.encode()))
+    print(f"emulator: KVKERNELS_LIBRARY={LIBRARY} KVKERNELS_SIMT={copies} KVKERNELS_SIMT_SEED={seed}")
+    emulator.clear()
+    emulator.options(
+        threads="random",
+        blocks="random",
+        copies=copies,
+        seed=seed,
+        resident=1 + seed % 3,
+        preempt=200 if emulator.checking else 0,
+    )
+    try:
+        yield
+    finally:
+        reports = emulator.errors()
+        emulator.clear()
+        if reports:
+            pytest.fail("the emulator reports:\n\n" + "\n\n".join(reports), pytrace=False)
+
+
+def place(name: str, t: Tensor, written: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The copy of a tensor that the op gets, and as bytes the copy and the original, gaps included. The copy begins as
+    far from a multiple of 16 as the original does."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
+    flat = t.as_strided((span,), (1,), t.storage_offset()).view(torch.uint8)
+    lead = t.data_ptr() % 16
+    data = torch.cat((torch.full((lead,), 0xFF, dtype=torch.uint8), flat))
+    data = torch.from_numpy(emulator.array(name, data.numpy(), writable=written)) if emulator else data.to(DEVICE)
+    copy = data[lead:]
+    return copy.view(t.dtype).as_strided(t.shape, t.stride()), copy, flat
+
+
+def elsewhere(op: Any) -> Callable[..., Any]:
+    """The op on copies of its tensors."""
+    arguments = op._schema.arguments
+
+    def call(*args: Any) -> Any:
+        if any(isinstance(a, Tensor) and a.requires_grad and torch.is_grad_enabled() for a in args):  # of fwht
+            return op(*(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)).cpu()
+        written: list[tuple[Tensor, Tensor]] = []
+
+        def put(name: str, a: Any, write: bool) -> Any:
+            if isinstance(a, (list, tuple)):
+                return [put(name, x, write) for x in a]
+            if not isinstance(a, Tensor) or a.device.type != "cpu":
+                return a
+            if a.numel() == 0:
+                return a.to(DEVICE)
+            copy, mine, original = place(name, a, write)
+            if write:
+                written.append((original, mine))
+            return copy
+
+        with torch.no_grad():
+            moved = [
+                put(arg.name, a, arg.alias_info is not None and arg.alias_info.is_write)
+                for arg, a in zip(arguments, args)
+            ]
+            try:
+                result = op(*moved)
+            finally:
+                for original, mine in written:
+                    original.copy_(mine)
+            return result.cpu() if isinstance(result, Tensor) else result
+
+    return call
+
+
+@contextmanager
+def on_backend() -> Iterator[None]:
+    """Ops called through kvkernels run where this file's first lines say."""
+    if CPU:
+        yield
+        return
+    real = {module: module._op for module in OPS.values()}
+    for module, op in real.items():
+        module._op = elsewhere(op)
+    try:
+        yield
+    finally:
+        for module, op in real.items():
+            module._op = op
+
+
+def sixteen_bits(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of quant_attention as the CUDA kernels take it: bfloat16 where a page is (it does not fit into float16)."""
+    if CPU or case["dtype"] == "bfloat16":
+        return case
+    return {**case, "dtype": "bfloat16" if any("bf16" in name for name in case["formats"]) else "float16"}
+
+
+_attention = OPS["quant_attention"]
+_attention.make = lambda case, seed=0, make=_attention.make: make(sixteen_bits(case), seed)  # type: ignore[attr-defined]
