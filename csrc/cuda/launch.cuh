@@ -48,7 +48,9 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, voi
   if (smem > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(smem)));
-  kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)> > >(static_cast<P>(std::forward<A>(args))...);
+  // clang-format off
+  kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(std::forward<A>(args))...);
+  // clang-format on
 #endif
   check(cudaGetLastError());
 }
