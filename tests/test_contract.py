@@ -141,7 +141,9 @@ def test_one_pool_in_two_halves_merges_to_the_whole() -> None:
     rest = torch.stack([table[0].roll(-3), table[1].roll(-2)])
     second = kk.quant_attention(q, kv, rest, lens - head, return_lse=True)
     merged = kk.merge_states([first[0], second[0]], [first[1], second[1]])
-    torch.testing.assert_close(merged[0], out, rtol=2e-5, atol=2e-5 + 3 * rounding(out))  # of two parts and of the whole
+    torch.testing.assert_close(
+        merged[0], out, rtol=2e-5, atol=2e-5 + 3 * rounding(out)
+    )  # of two parts and of the whole
     torch.testing.assert_close(merged[1], lse, rtol=1e-5, atol=1e-5)
 
 

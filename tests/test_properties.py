@@ -4,15 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_as_good_as
+from backends import CPU, SIMT
+from conftest import assert_as_good_as, rounding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kvkernels as kk
 from kvkernels.ops import OPS
 
+EXAMPLES = 80 if CPU else 6 if SIMT else 40
 settings.register_profile(
-    "kvkernels", deadline=None, max_examples=80, derandomize=True, database=None,
+    "kvkernels", deadline=None, max_examples=EXAMPLES, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 settings.load_profile("kvkernels")
@@ -54,7 +56,7 @@ def attention_cases(draw: st.DrawFn, names: list[str] = PAIRS, Tq: int = 16) -> 
     return case
 
 
-@settings(max_examples=200)
+@settings(max_examples=5 * EXAMPLES // 2)
 @given(case=attention_cases(), seed=st.integers(0, 1000), n=st.sampled_from((1, 2)))
 def test_attention_is_the_reference(case: dict[str, Any], seed: int, n: int) -> None:
     args, options = attention.make(case, seed)
@@ -96,7 +98,7 @@ def test_any_cut_merges_to_the_whole(case: dict[str, Any], cut: int, seed: int) 
     rest = torch.stack([row.roll(-int(n)) for row, n in zip(table, pages)])
     parts = [kk.quant_attention(q, kv, table, head, **options), kk.quant_attention(q, kv, rest, lens - head, **options)]
     merged = kk.merge_states([p[0] for p in parts], [p[1] for p in parts])
-    torch.testing.assert_close(merged[0], out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged[0], out, rtol=1e-4, atol=1e-4 + 3 * rounding(out))
     torch.testing.assert_close(merged[1], lse, rtol=1e-4, atol=1e-4)
 
 
