@@ -1,14 +1,14 @@
 """Where the ops of a test run: CPU kernels; CUDA kernels in the emulator; CUDA kernels on a GPU.
 
-    pytest                                                            the CPU kernels
-    KVKERNELS_LIBRARY=build/simt/kvkernels_simt_check.so pytest ...   the CUDA kernels, on this machine's CPU (tests/simt)
-    KVKERNELS_TEST_DEVICE=cuda pytest ...                             the CUDA kernels, on a GPU
+    pytest                                                          the CPU kernels
+    KVKERNELS_LIBRARY=build/simt/kvkernels_simt_check.so pytest     the CUDA kernels, on this machine's CPU (tests/simt)
+    KVKERNELS_TEST_DEVICE=cuda pytest                               the CUDA kernels, on a GPU
 
-In the last two every CPU tensor that an op is given is copied first, gaps between its rows included, and what the op wrote
-is copied back: into memory that ends at a guard page, or onto the GPU. A tensor that is on the GPU already stays there.
+In the last two every CPU tensor that an op is given is copied, gaps between its rows included: into memory that ends at
+a guard page, or onto the GPU. What the op wrote is copied back. A tensor that is on the GPU already stays there.
 
 KVKERNELS_SIMT       late (default) | early | random: when the emulator lets cp.async land
-KVKERNELS_SIMT_SEED  the order of threads and blocks; every test has its own unless this is set, and prints it when it fails
+KVKERNELS_SIMT_SEED  order of threads and blocks; unless this is set every test has its own, printed when it fails
 """
 
 import importlib.util
@@ -145,7 +145,7 @@ def on_backend() -> Iterator[None]:
 
 
 def sixteen_bits(case: dict[str, Any]) -> dict[str, Any]:
-    """A case of quant_attention as the CUDA kernels take it: bfloat16 where a page is (it does not fit into float16)."""
+    """A case of quant_attention as the CUDA kernels take it: bfloat16 q where a page is, which float16 cannot hold."""
     if CPU or case["dtype"] == "bfloat16":
         return case
     return {**case, "dtype": "bfloat16" if any("bf16" in name for name in case["formats"]) else "float16"}

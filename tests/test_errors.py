@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, DEVICE, GPU, Q_DTYPE
+from backends import DEVICE, GPU, Q_DTYPE
 from torch import Tensor
 
 import kvkernels as kk

@@ -3,9 +3,10 @@
     python tools/cuda_toolkit.py headers    the folder of cuda_fp16.h and what it includes
     python tools/cuda_toolkit.py nvcc       the compiler
 
-Looked for in this order: CUDACXX (nvcc), CUDA_HOME, CUDA_PATH, the toolkit of nvcc on PATH, /usr/local/cuda, and this interpreter's
-packages from PyPI, which share the folder nvidia/cu13: nvidia-cuda-runtime, -crt and -cccl (7 MB to download) for the headers,
-nvidia-cuda-nvcc and nvidia-nvvm (122 MB) for the compiler; the groups `headers` and `nvcc` of pyproject.toml pin them.
+Looked for in this order: CUDACXX (nvcc), CUDA_HOME, CUDA_PATH, the toolkit of nvcc on PATH, /usr/local/cuda, and this
+interpreter's packages from PyPI, which share the folder nvidia/cu13: nvidia-cuda-runtime, -crt and -cccl (7 MB to
+download) for the headers, nvidia-cuda-nvcc and nvidia-nvvm too (122 MB) for the compiler. The groups `headers` and `nvcc`
+of pyproject.toml pin them.
 """
 
 import os
@@ -36,7 +37,7 @@ def nvcc():
 
 
 def environment(compiler):
-    """Variables for a build with this nvcc. The packages of PyPI keep their libraries in lib, where nvcc does not look."""
+    """Variables for a build with this nvcc. PyPI's packages keep their libraries in lib, where nvcc does not look."""
     libraries = Path(compiler).parent.parent / "lib"
     found = {"CUDACXX": str(compiler)}
     if (libraries / "libcudart_static.a").is_file():
@@ -50,7 +51,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     found = what[sys.argv[1]]()
     if found is None:
-        sys.exit(
-            f"kvkernels: CUDA's {sys.argv[1]} not found; install a toolkit, or the group {sys.argv[1]} of pyproject.toml"
-        )
+        group = f"the group {sys.argv[1]} of pyproject.toml"
+        sys.exit(f"kvkernels: CUDA's {sys.argv[1]} not found; install a toolkit, or {group}")
     print(found)

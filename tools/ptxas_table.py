@@ -1,11 +1,11 @@
-"""What the CUDA compiler makes of each kernel, as a table that is checked in: registers, spills, shared memory, occupancy.
+"""What ptxas makes of each kernel, as a table that is checked in: registers, spills, shared memory, occupancy.
 
-    python tools/ptxas_table.py build/cuda                    prints the table of a build
-    python tools/ptxas_table.py build/cuda --write FILE       writes it as a page
-    python tools/ptxas_table.py build/cuda --check FILE       fails on a spill, a kernel or an architecture that FILE does not have
+    python tools/ptxas_table.py build/cuda                  prints the table of a build
+    python tools/ptxas_table.py build/cuda --write FILE     writes it as a page
+    python tools/ptxas_table.py build/cuda --check FILE     fails on spills, kernels or architectures that FILE has not
 
-CMake compiles through `tools/ptxas_table.py --compile nvcc ...`, which runs nvcc and keeps what `ptxas -v` says beside the
-object, as <object>.ptxas.
+CMake compiles through `tools/ptxas_table.py --compile nvcc ...`, which runs nvcc and keeps what `ptxas -v` says beside
+the object, as <object>.ptxas.
 """
 
 import argparse
@@ -119,19 +119,19 @@ def row(k: Kernel) -> str:
 
 def page(kernels: list[Kernel], compiler: str) -> str:
     archs = [k.arch for k in sorted({k.arch: k for k in kernels}.values(), key=lambda k: k.capability)]
-    return "\n".join([
-        "# What ptxas says of every kernel",
-        "",
-        "Written by `make cuda ARGS=--write`; `make cuda` fails on a spill, a kernel or an architecture that is not in here. Warps per SM are",
-        "what registers allow; a launch's dynamic shared memory and block size may allow fewer. Nothing here was measured on hardware.",
-        "",
-        f"{compiler}; {', '.join(archs)}; {len(kernels)} kernels, {sum(k.spill_loads > 0 for k in kernels)} with spills.",
-        "",
-        HEAD,
-        re.sub(r"[^|]+", "---", HEAD),
-        *map(row, kernels),
-        "",
-    ])  # fmt: skip
+    spilling = sum(k.spill_loads > 0 for k in kernels)
+    head = f"""\
+# What ptxas says of every kernel
+
+Written by `make cuda ARGS=--write`; `make cuda` fails on a spill, a kernel or an architecture that is not in here. Warps
+per SM are what registers allow; a launch's block size and dynamic shared memory may allow fewer. Nothing in here was
+measured on hardware.
+
+{compiler}; {", ".join(archs)}; {len(kernels)} kernels, {spilling} with spills.
+
+{HEAD}
+{re.sub(r"[^|]+", "---", HEAD)}"""
+    return "\n".join([head, *map(row, kernels), ""])
 
 
 def read_page(path: Path) -> dict[tuple[str, str, str], tuple[int, int]]:
@@ -174,10 +174,8 @@ def main() -> None:
         args.write.write_text(text)
     elif args.check:
         wrong = check(kernels, args.check)
-        spilling = sum(k.spill_loads > 0 for k in kernels)
-        print(
-            f"ptxas: {len(kernels)} kernels, {spilling} with spills, at most {max(k.registers for k in kernels)} registers"
-        )
+        spilling, most = sum(k.spill_loads > 0 for k in kernels), max(k.registers for k in kernels)
+        print(f"ptxas: {len(kernels)} kernels, {spilling} with spills, at most {most} registers")
         if wrong:
             sys.exit("\n".join(["ptxas_table:", *wrong, "(make cuda ARGS=--write, and say why in the commit)"]))
     else:
