@@ -3,6 +3,8 @@
 #
 # PYTHON=/path/to/python  works in that interpreter's environment instead, installs nothing, and says what it lacks
 # TORCH=torch==2.14.1     another torch for .venv (>= 2.10)
+# CUDA=on|off             `make build`, `make wheel`: with CUDA kernels whatever torch is, or without; auto unless told.
+#                         nvcc comes from the machine, else from PyPI
 # ARGS=...                passed on to the demo, the bench or pytest
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -23,9 +25,13 @@ export PATH := $(BIN):$(PATH)
 # The checkout's package goes before an installed one.
 export PYTHONPATH := $(CURDIR)/python
 READY := $(VENV)/.ready-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
-CXX_FILES = $(shell find bench csrc include tests -name '*.h' -o -name '*.cpp')
+CXX_FILES = $(shell find bench csrc include tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CMAKE_HERE = -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" --log-level=NOTICE
+ifdef CUDA
+export KVKERNELS_CUDA := $(CUDA)
+endif
 
-.PHONY: help demo test bench lint format wheel audit asan build test-build clean distclean env
+.PHONY: help demo test bench lint format wheel audit asan simt cuda gpu-check headers nvcc build test-build clean distclean env
 
 help:
 	@echo 'make demo    pack a real KV cache with every format: bytes, error, time per step against torch'
@@ -34,6 +40,9 @@ help:
 	@echo 'make lint    clang-format, ruff, mypy        make format   rewrites what lint would complain of'
 	@echo 'make wheel   dist/*.whl                      make audit    what the wheel needs from a machine'
 	@echo 'make asan    tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make simt    the CUDA kernels on this CPU, three ways: no GPU, no toolkit needed'
+	@echo 'make cuda    compiles the CUDA kernels for two architectures; registers and spills against the budget'
+	@echo 'make gpu-check  on a machine with a GPU: tests, sanitizer, bench'
 	@echo 'make clean   removes what was built          make distclean  and .venv'
 
 # ---- environment: a stamp per set of packages, so that pip runs only when a list has changed
@@ -57,7 +66,13 @@ $(READY)-%: $(READY)
 .PRECIOUS: $(READY)-%
 endif
 
-build: env
+# What is not on the machine comes from PyPI.
+headers: env
+	@$(PY) tools/cuda_toolkit.py headers >/dev/null 2>&1 || $(MAKE) env-headers
+nvcc: env
+	@$(PY) tools/cuda_toolkit.py nvcc >/dev/null 2>&1 || $(MAKE) env-nvcc
+
+build: env $(if $(filter on,$(CUDA)),nvcc)
 	@$(PY) setup.py -q build_ext --inplace
 
 # ---- what people want
@@ -106,6 +121,25 @@ asan: env-test build
 	  KVKERNELS_ISA=$$isa KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so $(PY) -m pytest -q -m 'not once' $$files $(ARGS) || exit 1; \
 	  files=tests/test_contract.py; \
 	done
+
+# The CUDA kernels in the emulator, each test with its own random order of threads. late and early: when an asynchronous
+# copy lands. check: every access of every thread is seen.
+SIMT_TESTS = tests/test_contract.py tests/test_formats.py tests/test_properties.py
+simt: env-test env-simt headers
+	@cmake --preset simt $(CMAKE_HERE)
+	@cmake --build --preset simt
+	@run() { echo "== pytest, CUDA kernels, $$1, copies land $$2" && \
+	  library=$(CURDIR)/build/simt/kvkernels_simt_$$1.so copies=$$2 && shift 2 && \
+	  KVKERNELS_LIBRARY=$$library KVKERNELS_SIMT=$$copies $(PY) -m pytest -q -n 2 -m 'not once' "$$@" $(ARGS); } && \
+	run fast late $(SIMT_TESTS) && run fast early $(SIMT_TESTS) && run check random $(SIMT_TESTS) tests/test_errors.py
+
+BUDGET = bench/results/ptxas.md
+cuda: env-test nvcc
+	@eval "$$($(PY) tools/cuda_toolkit.py environment)" && \
+	cmake --preset cuda $(CMAKE_HERE) && cmake --build --preset cuda
+	@$(PY) tools/ptxas_table.py build/cuda $(or $(ARGS),--check) $(BUDGET)
+	@KVKERNELS_LIBRARY=$(CURDIR)/build/cuda/libkvkernels.so KVKERNELS_BUILD_DIR=$(CURDIR)/build/cuda \
+	$(PY) -m pytest -q tests/test_layers.py tests/test_errors.py
 
 lint: env-lint
 	@$(PY) -m ruff check .

@@ -19,6 +19,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_toolkit  # noqa: E402
 
 
 def tool(name: str) -> str:
@@ -38,14 +40,6 @@ def torch_dir() -> Path:
             "(with pip's --no-build-isolation install torch first; without it pip fetches the newest)"
         )
     return Path(spec.origin).parent
-
-
-def nvcc() -> str | None:
-    """CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda: CMake itself does not look at the last."""
-    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    places = [os.environ.get("CUDACXX"), *(f"{h}/bin/nvcc" for h in (*homes, "/usr/local/cuda"))]
-    places.insert(-1, shutil.which("nvcc"))
-    return next((p for p in places if p and os.path.exists(p)), None)
 
 
 class CMakeExtension(Extension):
@@ -72,7 +66,7 @@ class CMakeBuild(build_ext):
             args.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        environment = {**os.environ, **({"CUDACXX": found} if (found := nvcc()) else {})}
+        environment = {**os.environ, **(cuda_toolkit.environment() or {})}
         for command in (
             [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", "--log-level=NOTICE", *args],
             [cmake, "--build", str(tree), "-j", jobs],

@@ -123,9 +123,9 @@ def page(kernels: list[Kernel], compiler: str) -> str:
     head = f"""\
 # What ptxas says of every kernel
 
-Written by `make cuda ARGS=--write`; `make cuda` fails on a spill, a kernel or an architecture that is not in here. Warps
-per SM are what registers allow; a launch's block size and dynamic shared memory may allow fewer. Nothing in here was
-measured on hardware.
+Written by `make cuda ARGS=--write`; `make cuda` fails on a spill, a kernel or an architecture that is not in here.
+Warps per SM are what registers allow; a launch's block size and dynamic shared memory may allow fewer. Nothing in here
+was measured on hardware.
 
 {compiler}; {", ".join(archs)}; {len(kernels)} kernels, {spilling} with spills.
 
