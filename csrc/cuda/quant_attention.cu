@@ -1,0 +1,1287 @@
+// Decode attention on pages of any mix of formats.
+//
+// A block works on a segment: (sequence, row tile, KV head, range of units), a unit being up to 64 tokens of one page. Its
+// warps take the units in turn, each with its own cp.async pipeline and its own online softmax, and do not wait for each
+// other before the end of the segment, where their states are merged. Rows are (query token, head of the group) pairs.
+//
+// Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that a group of 1 to 8 heads wastes half as much as
+// with the roles exchanged:
+//   S^T [16 tokens x 8 rows] = K [16 x D] Q^T        O^T [D x 8 rows] += V^T [D x 16 tokens] P^T
+// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: four lanes that read tokens 0 2 4 6 of 32 bytes would meet in
+// the same banks of shared memory, those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
+//
+// Scales stay out of the products: those of K go on the scores, those of V on the weights, which become fp16 with a power of
+// two common to the warp. Packed formats sum in the rotated basis; the sums of different bases are brought to the plain one
+// when a warp goes from one to another, and at the end.
+//
+// Schedule: blocks take equal shares of all units, so that at most two segments of a block are parts of a (sequence, row
+// tile, KV head); those go to the workspace and a second kernel merges them. Both kernels find the shares by the same
+// arithmetic from seq_lens: no plan, no atomics. With split_tokens the segments are fixed intervals, whatever the batch.
+// Source: equal shares as in FlashMLA's get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge).
+#include "kvkernels/ops/quant_attention.h"
+
+#include <algorithm>
+#include <string>
+
+#include "cuda/codes.cuh"
+#include "cuda/rows.cuh"
+#include "kvkernels/core/fwht.h"
+#include "kvkernels/core/midrise.h"
+
+namespace kk::cuda {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+// The running maximum before a score was seen. Finite, so that a difference of two is never NaN; a row whose scores are all
+// masked keeps it and has l = 0.
+constexpr float kLowest = -3.402823466e38f;
+constexpr float kNoFactor = 1099511627776.0f;  // 2^40: the first scale above 0 exceeds what this allows
+constexpr uint32_t kHalves = twice(0x3800);    // fp16 (0.5, 0.5)
+constexpr int kMaxWarps = 4;
+constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps idle and make more parts to merge
+constexpr int kMergeBlocks = 1024;         // about as many; every one of them reads seq_lens
+
+// The queries that the K side of a format is multiplied with. Each kind that the pools need is made once per segment.
+enum Queries : int { kQueriesF16, kQueriesBf16, kQueriesRotated, kQueriesPlain, kQueryKinds };
+// What sums over V are in: order of channels and basis.
+enum Basis : int { kNoBasis, kRowBasis, kRotatedBasis, kPlainBasis };
+
+struct Plan {
+  int group, rows, row_tiles;  // rows = Tq * group, in tiles of 8 NT
+  int unit;                    // tokens; divides page_size and split_tokens, or is 16
+  int64_t splits;              // of a sequence, at most; 0: equal shares
+  int blocks, warps, stages;
+  // Shared memory: queries of each kind | per warp: its stages, and its sums behind them (over them if the basis is one)
+  int queries[kQueryKinds];  // offsets; < 0: not needed
+  int stages_offset, warp_bytes, stage_bytes, v_offset, sums_offset;
+  int64_t smem;
+  bool mixed_basis;    // the pools' V sums have different bases
+  bool rotate_at_end;  // all of them are rotated
+  bool q_vector, out_vector;
+  float* partials;  // [2 blocks] or [B, row_tiles, Hkv, splits] slots: sums [8 NT][D], then State [8 NT]
+};
+
+struct Params : QuantAttentionParams {
+  Plan plan;
+};
+
+struct State {
+  float m, l;  // running maximum in units of log 2, sum of exp2(score - m)
+};
+
+KK_HD int64_t slot_floats(int64_t D, int tile_rows) { return tile_rows * (D + 2); }
+
+// ---- geometry, the same in both kernels
+
+struct Visible {
+  int len, begin;         // tokens that a query may see: [begin, len)
+  int first_unit, units;  // units from first_unit on
+};
+
+__device__ __forceinline__ Visible visible(const Params& p, int64_t b) {
+  const int64_t room = p.max_pages * p.page_size;
+  const int64_t len = p.seq_lens[b] < 0 ? 0 : p.seq_lens[b] > room ? room : p.seq_lens[b];
+  const int64_t first = len - p.Tq - p.window_left;
+  Visible v;
+  v.len = static_cast<int>(len);
+  v.begin = p.window_left >= 0 && first > 0 ? static_cast<int>(first) : 0;
+  v.first_unit = v.begin / p.plan.unit;
+  v.units = len > 0 ? (v.len - 1) / p.plan.unit + 1 - v.first_unit : 0;
+  return v;
+}
+
+// Fixed intervals of split_tokens. begin(i): first unit of the i-th, counted from the sequence's first visible unit.
+struct Splits {
+  int64_t first, count;
+  int units_each;
+  Visible v;
+  __device__ Splits(const Params& p, const Visible& visible) : first(0), count(0), units_each(1), v(visible) {
+    if (p.plan.splits == 0 || v.units == 0) return;
+    units_each = static_cast<int>(min(p.split_tokens / p.plan.unit, int64_t(1) << 30));
+    first = v.first_unit / units_each;
+    count = (v.first_unit + v.units - 1) / units_each - first + 1;
+  }
+  __device__ int64_t begin(int64_t i) const {
+    return min(max((first + i) * units_each - v.first_unit, int64_t(0)), int64_t(v.units));
+  }
+};
+
+// Equal shares: block k of n has the units [all k / n, all (k + 1) / n) of the list (sequence, row tile, KV head, unit).
+struct Shares {
+  int64_t all, n;
+  __device__ Shares(const Params& p, int64_t units) : all(units) {
+    n = min((all + kUnitsPerBlock - 1) / kUnitsPerBlock, int64_t(p.plan.blocks));
+  }
+  __device__ int64_t begin(int64_t k) const { return all * k / n; }
+  __device__ int64_t block_of(int64_t unit) const { return ((unit + 1) * n - 1) / all; }
+};
+
+__device__ __forceinline__ int64_t warp_sum(int64_t x) {
+#pragma unroll
+  for (int h = 1; h < 32; h *= 2) x += __shfl_xor_sync(kWholeWarp, static_cast<long long>(x), h);
+  return x;
+}
+// Of all threads; a block calls it together.
+__device__ __forceinline__ int64_t block_sum(int64_t x) {
+  KK_SHARED(int64_t, parts, [kMaxWarps]);
+  x = warp_sum(x);
+  __syncthreads();  // the parts of the call before were read
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (int i = 0; i < static_cast<int>(blockDim.x / 32); ++i) x += parts[i];
+  return x;
+}
+
+// Units, per row tile and KV head, of the sequences before b and of all.
+struct UnitCount {
+  int64_t before, all;
+};
+__device__ __forceinline__ UnitCount count_units(const Params& p, int64_t b) {
+  int64_t before = 0, all = 0;
+  for (int64_t i = threadIdx.x; i < p.B; i += blockDim.x) {
+    const int64_t n = visible(p, i).units;
+    all += n;
+    before += i < b ? n : 0;
+  }
+  return {block_sum(before), block_sum(all)};
+}
+
+// The sequence that holds `unit` of the list, and the number of units before it.
+struct Place {
+  int64_t b, before;
+};
+__device__ __forceinline__ Place find_unit(const Params& p, int64_t unit, int64_t heads) {
+  KK_SHARED(Place, found, [1]);
+  int64_t before = 0;
+  for (int64_t first = 0;; first += blockDim.x) {
+    const int64_t b = first + threadIdx.x, n = b < p.B ? visible(p, b).units * heads : 0;
+    const int64_t all = block_sum(n);
+    if (unit >= before + all) {
+      before += all;
+      continue;
+    }
+    // sum of the threads before this one: of whole warps, then of lanes
+    KK_SHARED(int64_t, warps, [kMaxWarps]);
+    const int64_t own = warp_sum(n);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
+    __syncthreads();
+    for (int i = 0; i < static_cast<int>(threadIdx.x / 32); ++i) before += warps[i];
+    int64_t up_to = n;
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2) {
+      const int64_t x = __shfl_up_sync(kWholeWarp, static_cast<long long>(up_to), h);
+      if (static_cast<int>(threadIdx.x % 32) >= h) up_to += x;
+    }
+    before += up_to - n;
+    if (before <= unit && unit < before + n) found[0] = {b, before};
+    __syncthreads();
+    return found[0];
+  }
+}
+
+// ---- results
+
+// Sums (8 channels of this lane), m and l of one query row -> out and lse. A sink logit joins the denominator only.
+__device__ __forceinline__ void write_row(const Params& p, int64_t b, int64_t t, int64_t head, float (&x)[8], State s,
+                                          int octet) {
+  float f = 0.0f, lse = -INFINITY;
+  if (s.l > 0.0f || s.l != s.l) {
+    f = 1.0f / s.l;
+    lse = s.m * kLn2 + logf(s.l);
+  }
+  if (p.sinks) {
+    const float sink = p.sinks[head], top = lse > sink ? lse : sink;
+    if (top > -INFINITY) {
+      const float joint = top + logf(expf(lse - top) + expf(sink - top));
+      f *= expf(lse - joint);
+      lse = joint;
+    }
+  }
+  if (octet * kPerLane < p.D) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= f;
+    const int64_t at = b * p.out_batch + t * p.out_token + head * p.out_head + octet * kPerLane;
+    store8(p.dtype, x, p.plan.out_vector, static_cast<uint16_t*>(p.out) + at);
+  }
+  if (p.lse && octet == 0) p.lse[(b * p.Tq + t) * p.Hq + head] = lse;
+}
+
+// ---- one segment
+
+struct Segment {
+  int64_t b;
+  int tile, head;        // row tile, KV head
+  int begin, end;        // units
+  int first_token, len;  // visible tokens of the sequence
+  float* slot;           // null: the segment is all there is, results go to out and lse
+};
+
+struct Row {
+  float q_scale;  // from the product with scaled queries to the score
+  float q_mu;     // what centring took from the scores of rotated keys
+  float slope;    // ALiBi
+  int last;       // the row sees tokens <= last
+};
+
+template <int D, int NT>
+struct Tile {
+  static constexpr int kRows = 8 * NT;
+  static constexpr int kSteps = D / 16;  // of 16 channels: k in scores, rows of O^T in the sums
+  static constexpr int kStepPairs = (kSteps + 1) / 2;
+  static constexpr int kQueryBytes = NT * kStepPairs * 32 * 16;
+  static constexpr int kRowLanes = D <= 64 ? 8 : D <= 128 ? 16 : 32;  // lanes that hold a row, 8 channels each
+  static constexpr int kPitch = D * 2 + 16;         // bytes of a 16-bit row in a stage: 8 rows, all banks
+  static constexpr int kSumPitch = D + 4;           // floats of a row of sums
+  static constexpr int kGroup = D < 128 ? D : 128;  // channels that share a scale
+  static constexpr int kGroups = D / kGroup;
+  static constexpr int kHeader = 16;  // of a stage: position of its first token, pool
+};
+
+// Bytes of `tokens` tokens of one side in a stage.
+template <int D>
+int stage_side(Format format, Side side, int tokens) {
+  int bytes = 0;
+  with_format(format, [&](auto fmt) {
+    using Fmt = decltype(fmt);
+    bytes = Fmt::packed ? static_cast<int>(Fmt::side_bytes(side, tokens, D)) : tokens * Tile<D, 1>::kPitch;
+  });
+  return bytes;
+}
+
+__device__ __forceinline__ bool is_rows(Format f) { return f == Format::bf16 || f == Format::f16; }
+
+// Sixteen tokens in a stage.
+struct Tokens {
+  const uint8_t *k, *v;  // sides of the stage
+  int first, count;      // first of the sixteen, and tokens of the stage
+  int position;          // of the first of the sixteen in the sequence
+  bool edge;             // some row does not see some of them
+};
+
+// What a warp does in a segment.
+template <int D, int NT, bool Packed>
+struct Warp {
+  using T = Tile<D, NT>;
+
+  const Params& p;
+  const Segment& seg;
+  const uint8_t* shared;  // of the block: queries
+  const Row* rows;
+  uint8_t* stages;  // of the warp
+  float* sums;      // [kRows][kSumPitch]
+  State* state;     // [kRows]
+  int lane, g, c;
+
+  float acc[T::kSteps][NT][4];  // (two channels, rows 8 nt + 2 c and + 1)
+  float m[NT][2], l[NT][2];     // l: of this lane's tokens only
+  float q_scale[NT][2];
+  float v_factor;  // power of two on the weights of rotated values
+  int basis;       // of acc
+  bool sums_used;
+
+  int unit, sub;              // what is loaded next
+  int32_t entry, next_entry;  // page-table entries: of this unit and of the warp's next
+  int issued;                 // stages
+
+  __device__ Warp(const Params& params, const Segment& segment, uint8_t* smem, const Row* row, uint8_t* own,
+                  float* own_sums, State* own_state)
+      : p(params), seg(segment), shared(smem), rows(row), stages(own), sums(own_sums), state(own_state) {
+    lane = threadIdx.x % 32;
+    g = lane / 4;
+    c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < T::kSteps; ++i)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) acc[i][nt][j] = 0.0f;
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        m[nt][i] = kLowest;
+        l[nt][i] = 0.0f;
+        q_scale[nt][i] = rows[8 * nt + 2 * c + i].q_scale;
+      }
+    v_factor = kNoFactor;
+    basis = kNoBasis;
+    sums_used = false;
+    unit = seg.begin + threadIdx.x / 32;
+    sub = issued = 0;
+    entry = table_entry(unit);
+    next_entry = table_entry(unit + p.plan.warps);
+  }
+
+  __device__ void run() {
+    const int stages_n = p.plan.stages;
+    for (int i = 0; i < stages_n - 1; ++i) issue(i);
+    const int all_see_from =
+        p.window_left < 0 ? 0 : seg.len - 1 - static_cast<int>(min(p.window_left, int64_t(seg.len)));
+    const int all_see_to = seg.len - static_cast<int>(p.Tq) + 1;
+    for (int used = 0, now = 0; used < issued; ++used) {
+      wait_oldest();
+      __syncwarp();  // everybody's copies have landed, and everybody has left the stage that is filled now
+      issue(now == 0 ? stages_n - 1 : now - 1);
+      const uint8_t* stage = stages + now * p.plan.stage_bytes;
+      const int2 header = *reinterpret_cast<const int2*>(stage);
+      const Pool& pool = p.pools[header.y];
+      const Format kf = pool.k_format, vf = pool.v_format;
+      Tokens t;
+      t.k = stage + T::kHeader;
+      t.v = stage + p.plan.v_offset;
+      t.count = !Packed || is_rows(kf) || is_rows(vf) ? 16 : p.plan.unit;
+      for (t.first = 0; t.first < t.count; t.first += 16) {
+        t.position = header.x + t.first;
+        if (t.position >= seg.len) break;
+        if (t.position + 16 <= seg.first_token) continue;
+        t.edge = t.position < all_see_from || t.position + 16 > all_see_to;
+        float x[NT][4] = {};
+        scores(kf, t, x);
+        softmax(x);
+        values(vf, t, x);
+      }
+      now = now + 1 == stages_n ? 0 : now + 1;
+    }
+    flush();
+  }
+
+  // ---- loads
+
+  __device__ int32_t table_entry(int u) const {
+    if (u >= seg.end) return 0;
+    // Of token lane % 16 where a page has no whole units (16 consecutive tokens then); entries of tokens that are not
+    // visible are not looked at.
+    const int token = min(max(u * p.plan.unit + lane % 16, seg.first_token), seg.len - 1);
+    return p.page_table[seg.b * p.table_stride + token / static_cast<int>(p.page_size)];
+  }
+
+  __device__ void copy(uint8_t* to, const uint8_t* from, int bytes) const {
+    const uint32_t dst = ptx::smem_u32(to);
+    for (int i = lane * 16; i < bytes; i += 32 * 16) ptx::cp_async<16>(dst + i, from + i);
+  }
+
+  // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, because 0 * NaN is NaN.
+  __device__ void copy_rows(uint8_t* to, const uint8_t* row) const {
+    constexpr int pieces = D / 8;
+    const uint32_t dst = ptx::smem_u32(to);
+#pragma unroll 4
+    for (int i = lane; i < 16 * pieces; i += 32) {
+      const int r = i / pieces, at = i % pieces * 16;
+      const auto from = reinterpret_cast<const uint8_t*>(
+          __shfl_sync(kWholeWarp, static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(row)), r));
+      ptx::cp_async<16>(dst + r * T::kPitch + at, from + (from ? at : 0), from != nullptr);
+    }
+  }
+
+  // `side`: of the page and head. Its tokens token ... token + n - 1: codes, then what scales them.
+  __device__ void copy_side(uint8_t* to, const uint8_t* side, Format format, Side kind, int token, int n) const {
+    const int ps = static_cast<int>(p.page_size);
+    const auto tokens = [&](int bytes) {  // of each token; an array [page_size][bytes] of the side
+      copy(to, side + token * bytes, n * bytes);
+      to += n * bytes;
+      side += ps * bytes;
+    };
+    if (format == Format::kivi2) {
+      tokens(D / 4);
+      if (kind == Side::K) return copy(to, side, D * 4);
+      tokens(D / 32 * 2);
+      tokens(D / 32 * 2);
+      return;
+    }
+    tokens(format == Format::u8 ? D : format == Format::u4 ? D / 2 : D / 4);
+    if (format == Format::u3) tokens(D / 8);
+    tokens(T::kGroups * 2);
+  }
+
+  // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit. One commit group per call.
+  __device__ void issue(int stage) {
+    if (unit < seg.end) {
+      uint8_t* to = stages + stage * p.plan.stage_bytes;
+      uint8_t *const k_to = to + T::kHeader, *const v_to = to + p.plan.v_offset;
+      const Pool& pool = p.pools[entry >> 28];
+      const int64_t page = entry & kPageMask;
+      const uint8_t* k = pool.k + page * pool.k_page + seg.head * pool.k_head;
+      const uint8_t* v = pool.v + page * pool.v_page + seg.head * pool.v_head;
+      const bool k_rows = !Packed || is_rows(pool.k_format), v_rows = !Packed || is_rows(pool.v_format);
+      const int first = unit * p.plan.unit + sub * 16, token = first + lane % 16;
+      const int in_page = token % static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
+      const bool exists = token >= seg.first_token && token < seg.len;
+      const int n = k_rows || v_rows ? 16 : p.plan.unit;
+      if (lane == 0) *reinterpret_cast<int2*>(to) = make_int2(first, entry >> 28);
+      if (k_rows)
+        copy_rows(k_to, exists ? k + in_page * pool.k_token : nullptr);
+      else
+        copy_side(k_to, k, pool.k_format, Side::K, first_in_page, n);
+      if (v_rows)
+        copy_rows(v_to, exists ? v + in_page * pool.v_token : nullptr);
+      else
+        copy_side(v_to, v, pool.v_format, Side::V, first_in_page, n);
+      sub += n / 16;
+      if (sub * 16 >= p.plan.unit || first + n >= seg.len) {
+        sub = 0;
+        unit += p.plan.warps;
+        entry = next_entry;
+        next_entry = table_entry(unit + p.plan.warps);
+      }
+      ++issued;
+    }
+    ptx::cp_async_commit();
+  }
+
+  __device__ void wait_oldest() const {
+    if (p.plan.stages == 2)
+      ptx::cp_async_wait<0>();
+    else if (p.plan.stages == 3)
+      ptx::cp_async_wait<1>();
+    else
+      ptx::cp_async_wait<2>();
+  }
+
+  // ---- scores of 16 tokens: x[nt] = (token g, rows 2 c and 2 c + 1), (token g + 8, the same)
+
+  // Token of row m of an operand, of its eight.
+  static __device__ __forceinline__ int token_of(int row) { return row ^ (row >> 2 & 1); }
+
+  static __device__ __forceinline__ float half_at(const uint8_t* p, int i) {
+    return __half2float(reinterpret_cast<const __half*>(p)[i]);
+  }
+
+  template <bool Bf16>
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (Bf16)
+      ptx::mma_m16n8k16_bf16(d, a, b, d);
+    else
+      ptx::mma_m16n8k16_f16(d, a, b, d);
+  }
+
+  __device__ void scores(Format format, const Tokens& t, float (&x)[NT][4]) const {
+    bool rotated = true;
+    if constexpr (Packed) {
+      if (format == Format::u2)
+        code_scores<2>(t, x);
+      else if (format == Format::u4)
+        code_scores<4>(t, x);
+      else if (format == Format::u3)
+        code_scores<3>(t, x);
+      else if (format == Format::u8)
+        code_scores<8>(t, x);
+      else
+        rotated = false;
+    }
+    if (!Packed || !rotated) {
+      rotated = false;
+      if (format == Format::bf16)
+        row_scores<true>(t, x);
+      else if (!Packed || format == Format::f16)
+        row_scores<false>(t, x);
+      else
+        kivi2_scores(t, x);
+    }
+    finish_scores(t, rotated, x);
+  }
+
+  // B operands of steps 2 n and 2 n + 1.
+  __device__ void load_queries(Queries kind, int nt, int n, uint32_t (&q)[2][2]) const {
+    const uint4 w =
+        *reinterpret_cast<const uint4*>(shared + p.plan.queries[kind] + ((nt * T::kStepPairs + n) * 32 + lane) * 16);
+    q[0][0] = w.x, q[0][1] = w.y, q[1][0] = w.z, q[1][1] = w.w;
+  }
+
+  template <bool Bf16>
+  __device__ void row_scores(const Tokens& t, float (&x)[NT][4]) const {
+    // matrices 0 1: tokens 0-7 and 8-15 of channels 0-7; 2 3: of channels 8-15
+    const uint32_t at = ptx::smem_u32(t.k) + (token_of(lane % 8) + (lane & 8)) * T::kPitch + (lane >> 4) * 16;
+#pragma unroll
+    for (int n = 0; n < T::kStepPairs; ++n) {
+      uint32_t q[NT][2][2];
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) load_queries(Bf16 ? kQueriesBf16 : kQueriesF16, nt, n, q[nt]);
+#pragma unroll
+      for (int i = 0; i < 2 && 2 * n + i < T::kSteps; ++i) {
+        uint32_t a[4];
+        ptx::ldmatrix_x4(a, at + (2 * n + i) * 32);
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) mma<Bf16>(x[nt], a, q[nt][i]);
+      }
+    }
+  }
+
+  // 64 channels, four steps: operands of this lane's two tokens as unpack() leaves them.
+  __device__ void channel_scores(Queries kind, int first_step, const uint32_t (&a)[8], const uint32_t (&b)[8],
+                                 float (&x)[NT][4]) const {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const uint32_t k[4] = {a[2 * s], b[2 * s], a[2 * s + 1], b[2 * s + 1]};
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        uint32_t q[2][2];
+        load_queries(kind, nt, (first_step + s) / 2, q);
+        mma<false>(x[nt], k, q[s % 2]);
+      }
+    }
+  }
+
+  // Lane c reads the c-th quarter of each scale group's channels, of tokens g and g + 8.
+  template <int B>
+  __device__ void code_scores(const Tokens& t, float (&x)[NT][4]) const {
+    constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
+    constexpr int bytes = T::kGroup / 4 * bits / 8, words = bytes / 4, high_bytes = T::kGroup / 32;
+    const uint8_t* high = t.k + t.count * token_bytes;
+    const uint8_t* scales = high + (B == 3 ? t.count * (D / 8) : 0);
+    const int a = t.first + token_of(g), b = a + 8;
+#pragma unroll
+    for (int group = 0; group < T::kGroups; ++group) {
+      uint32_t wa[words], wb[words], ha[1] = {}, hb[1] = {};
+      const uint8_t* at = t.k + (4 * group + c) * bytes;
+      load_words<bytes>(at + a * token_bytes, wa);
+      load_words<bytes>(at + b * token_bytes, wb);
+      if constexpr (B == 3) {
+        load_words<high_bytes>(high + a * (D / 8) + (4 * group + c) * high_bytes, ha);
+        load_words<high_bytes>(high + b * (D / 8) + (4 * group + c) * high_bytes, hb);
+      }
+      float part[NT][4] = {};
+#pragma unroll
+      for (int n = 0; n < T::kGroup / 64; ++n) {
+        uint32_t xa[8], xb[8];
+        unpack<B>(pair_channels<B>(wa, ha[0], n), xa);
+        unpack<B>(pair_channels<B>(wb, hb[0], n), xb);
+        channel_scores(kQueriesRotated, group * (T::kGroup / 16) + 4 * n, xa, xb, part);
+      }
+      const float s[2] = {half_at(scales, a * T::kGroups + group), half_at(scales, b * T::kGroups + group)};
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[nt][i] += part[nt][i] * s[i / 2];
+    }
+  }
+
+  // On half of every key, because zero + 3 scale, rounded up, may exceed what fp16 holds.
+  __device__ void kivi2_scores(const Tokens& t, float (&x)[NT][4]) const {
+    constexpr int bytes = T::kGroup / 16;
+    const uint8_t* scales = t.k + t.count * (D / 4);
+    const int a = t.first + token_of(g), b = a + 8;
+#pragma unroll
+    for (int group = 0; group < T::kGroups; ++group) {
+      uint32_t wa[bytes / 4], wb[bytes / 4];
+      const uint8_t* at = t.k + (4 * group + c) * bytes;
+      load_words<bytes>(at + a * (D / 4), wa);
+      load_words<bytes>(at + b * (D / 4), wb);
+#pragma unroll
+      for (int n = 0; n < T::kGroup / 64; ++n) {
+        const uint8_t* affine = scales + (group * T::kGroup + c * (T::kGroup / 4) + 16 * n) * 2;
+        uint32_t scale[8], zero[8], xa[8], xb[8];
+        load_words<32>(affine, scale);
+        load_words<32>(affine + D * 2, zero);
+        unpack<2, true>(pair_channels<2>(wa, 0, n), xa);
+        unpack<2, true>(pair_channels<2>(wb, 0, n), xb);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const uint32_t both = i % 2 == 0 ? 0x5410 : 0x7632;  // channels i and i + 8
+          const uint32_t s = __byte_perm(scale[i / 2], scale[i / 2 + 4], both);
+          const uint32_t z = fma2(__byte_perm(zero[i / 2], zero[i / 2 + 4], both), kHalves, 0u);
+          xa[i] = fma2(xa[i], s, z);
+          xb[i] = fma2(xb[i], s, z);
+        }
+        channel_scores(kQueriesPlain, group * (T::kGroup / 16) + 4 * n, xa, xb, x);
+      }
+    }
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[nt][i] *= 2.0f;
+  }
+
+  // Products -> scores in units of log 2.
+  __device__ void finish_scores(const Tokens& t, bool rotated, float (&x)[NT][4]) const {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[nt][i] *= q_scale[nt][i % 2];
+    const bool centred = rotated && p.transform.centre;
+    if (!(centred || p.softcap > 0.0f || p.alibi_slopes || t.edge)) return;
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Row& row = rows[8 * nt + 2 * c + i % 2];
+        const int distance = row.last - (t.position + token_of(g) + i / 2 * 8);
+        float s = x[nt][i];
+        if (centred) s += row.q_mu;
+        if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap) * kLog2e;
+        if (p.alibi_slopes) s -= row.slope * static_cast<float>(distance);
+        const bool seen = distance >= 0 && (p.window_left < 0 || distance <= p.window_left);
+        x[nt][i] = seen ? s : -INFINITY;
+      }
+  }
+
+  // ---- online softmax
+
+  __device__ void scale_acc(const float (&f)[NT][2]) {
+#pragma unroll
+    for (int i = 0; i < T::kSteps; ++i)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) acc[i][nt][j] *= f[nt][j % 2];
+  }
+
+  static __device__ __forceinline__ float max_over_tokens(float x) {  // lanes of the same c hold the same rows
+#pragma unroll
+    for (int h = 4; h < 32; h *= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, h));
+    return x;
+  }
+
+  // Scores -> weights exp2(x - m). The maximum is looked for only when a score exceeds it, which soon is rare.
+  __device__ void softmax(float (&x)[NT][4]) {
+    bool above = false;
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) above |= fmaxf(x[nt][i], x[nt][i + 2]) > m[nt][i];
+    if (__any_sync(kWholeWarp, above)) {
+      float f[NT][2];
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float top = fmaxf(m[nt][i], max_over_tokens(fmaxf(x[nt][i], x[nt][i + 2])));
+          f[nt][i] = ptx::ex2(m[nt][i] - top);
+          m[nt][i] = top;
+          l[nt][i] *= f[nt][i];
+        }
+      scale_acc(f);
+    }
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[nt][i] = ptx::ex2(x[nt][i] - m[nt][i % 2]);
+        l[nt][i % 2] += x[nt][i];
+      }
+  }
+
+  // ---- sums over V
+
+  __device__ void values(Format format, const Tokens& t, const float (&w)[NT][4]) {
+    if constexpr (Packed) {
+      const int to = is_rows(format) ? kRowBasis : format == Format::kivi2 ? kPlainBasis : kRotatedBasis;
+      if (basis != to) {
+        if (basis != kNoBasis) flush();
+        basis = to;
+      }
+      if (format == Format::u2) return code_values<2>(t, w);
+      if (format == Format::u4) return code_values<4>(t, w);
+      if (format == Format::u3) return code_values<3>(t, w);
+      if (format == Format::u8) return code_values<8>(t, w);
+      if (format == Format::kivi2) return kivi2_values(t, w);
+    } else {
+      basis = kRowBasis;
+    }
+    if (format == Format::bf16) return row_values<true>(t, w);
+    row_values<false>(t, w);
+  }
+
+  // Weights -> B operands: (tokens 2 c and 2 c + 1, row g), (the same + 8).
+  template <bool Bf16>
+  static __device__ __forceinline__ void operands(const float (&w)[NT][4], uint32_t (&b)[NT][2]) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float lo = w[nt][2 * i], hi = w[nt][2 * i + 1];
+        b[nt][i] = ptx::movmatrix_trans(Bf16 ? pack_bf16(lo, hi) : pack_f16(lo, hi));
+      }
+  }
+
+  template <bool Bf16>
+  __device__ void row_values(const Tokens& t, const float (&w)[NT][4]) {
+    uint32_t b[NT][2];
+    operands<Bf16>(w, b);
+    // matrices 0 1: channels 0-7 and 8-15 of tokens 0-7; 2 3: of tokens 8-15
+    const uint32_t at = ptx::smem_u32(t.v) + (token_of(lane % 8) + (lane >> 4) * 8) * T::kPitch + (lane & 8) * 2;
+#pragma unroll
+    for (int i = 0; i < T::kSteps; ++i) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4_trans(a, at + i * 32);
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) mma<Bf16>(acc[i][nt], a, b[nt]);
+    }
+  }
+
+  // 8 channels, four steps: of tokens 2 c and 2 c + 1, and of the tokens 8 further on.
+  __device__ void channel_values(int first_step, const uint32_t (&lo)[8], const uint32_t (&hi)[8],
+                                 const uint32_t (&b)[NT][2]) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const uint32_t v[4] = {lo[2 * s], lo[2 * s + 1], hi[2 * s], hi[2 * s + 1]};
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) mma<false>(acc[first_step + s][nt], v, b[nt]);
+    }
+  }
+
+  // Token i = 0 ... 3 of this lane in the B operands' order.
+  __device__ int value_token(int i) const { return token_of(2 * c + i % 2) + i / 2 * 8; }
+  __device__ bool exists(int position) const { return position >= seg.first_token && position < seg.len; }
+
+  // Lane g reads the g-th eighth of each scale group's channels, of its four tokens.
+  template <int B>
+  __device__ void code_values(const Tokens& t, const float (&weight)[NT][4]) {
+    constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
+    constexpr int bytes = T::kGroup / 8 * bits / 8, words = bytes < 4 ? 1 : bytes / 4, high_bytes = T::kGroup / 64;
+    const uint8_t* high = t.v + t.count * token_bytes;
+    const uint8_t* scales = high + (B == 3 ? t.count * (D / 8) : 0);
+#pragma unroll
+    for (int group = 0; group < T::kGroups; ++group) {
+      uint32_t b[NT][2];
+      scaled_operands(t, scales, group, weight, b);
+      uint32_t w[4][words], h[4][1] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = t.first + value_token(i);
+        load_words<bytes>(t.v + token * token_bytes + (8 * group + g) * bytes, w[i]);
+        if constexpr (B == 3) load_words<high_bytes>(high + token * (D / 8) + (8 * group + g) * high_bytes, h[i]);
+      }
+#pragma unroll
+      for (int n = 0; n < T::kGroup / 64; ++n) {
+        uint32_t lo[8], hi[8];
+        unpack<B>(pair_tokens<B>(w[0], h[0][0], w[1], h[1][0], n), lo);
+        unpack<B>(pair_tokens<B>(w[2], h[2][0], w[3], h[3][0], n), hi);
+        channel_values(group * (T::kGroup / 16) + 4 * n, lo, hi, b);
+      }
+    }
+  }
+
+  // Weights times the scales of V, in fp16: v_factor keeps the largest scale so far between 2^14 and 2^15, so that nothing
+  // overflows and what is down to 2^-28 of it keeps all its bits.
+  __device__ void scaled_operands(const Tokens& t, const uint8_t* scales, int group, const float (&weight)[NT][4],
+                                  uint32_t (&b)[NT][2]) {
+    float s[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = token_of(g) + i * 8;
+      s[i] = half_at(scales, (t.first + token) * T::kGroups + group);
+      if (t.edge && !exists(t.position + token)) s[i] = 0.0f;
+    }
+    if (__any_sync(kWholeWarp, fmaxf(s[0], s[1]) * v_factor >= 32768.0f)) {
+      const float top = fminf(max_over_tokens(fmaxf(s[0], s[1])), kMaxScale);  // Inf may stay Inf
+      const float factor = bits_float((127u + 14u + 127u - (float_bits(top) >> 23)) << 23);
+      float f[NT][2];
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) f[nt][0] = f[nt][1] = factor / v_factor;
+      scale_acc(f);
+      v_factor = factor;
+    }
+    float w[NT][4];
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        w[nt][i] = weight[nt][i] * (s[i / 2] * v_factor);
+        if (t.edge && weight[nt][i] == 0.0f) w[nt][i] = 0.0f;  // a row that does not see the token does not see its NaN
+      }
+    operands<false>(w, b);
+  }
+
+  // On half of every value, as kivi2_scores, and twice the weights.
+  __device__ void kivi2_values(const Tokens& t, const float (&weight)[NT][4]) {
+    constexpr int bytes = T::kGroup / 32, groups = D / 32;
+    const uint8_t* scales = t.v + t.count * (D / 4);
+    const uint8_t* zeros = scales + t.count * (groups * 2);
+    float twice_weight[NT][4];
+    uint32_t b[NT][2];
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) twice_weight[nt][i] = 2.0f * weight[nt][i];
+    operands<false>(twice_weight, b);
+#pragma unroll
+    for (int group = 0; group < T::kGroups; ++group) {
+      const int of_32 = group * (T::kGroup / 32) + g * (T::kGroup / 8) / 32;
+      uint32_t w[4][1], s[4], z[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = t.first + value_token(i);
+        const bool there = !t.edge || exists(t.position + value_token(i));
+        load_words<bytes>(t.v + token * (D / 4) + (8 * group + g) * bytes, w[i]);
+        s[i] = there ? reinterpret_cast<const uint16_t*>(scales)[token * groups + of_32] : 0u;
+        z[i] = there ? reinterpret_cast<const uint16_t*>(zeros)[token * groups + of_32] : 0u;
+      }
+#pragma unroll
+      for (int n = 0; n < T::kGroup / 64; ++n) {
+        uint32_t x[2][8];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          unpack<2, true>(pair_tokens<2>(w[2 * i], 0, w[2 * i + 1], 0, n), x[i]);
+          const uint32_t zero = fma2(z[2 * i] | z[2 * i + 1] << 16, kHalves, 0u);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) x[i][j] = fma2(x[i][j], s[2 * i] | s[2 * i + 1] << 16, zero);
+        }
+        channel_values(group * (T::kGroup / 16) + 4 * n, x[0], x[1], b);
+      }
+    }
+  }
+
+  // ---- sums in shared memory
+
+  // Rows of `sums` <- H rows / sqrt(D).
+  __device__ void rotate_sums() const {
+    if constexpr (Packed) {
+      __syncwarp();
+      const int at = lane % T::kRowLanes * kPerLane;
+      for (int r = lane / T::kRowLanes; r < T::kRows; r += 32 / T::kRowLanes) {
+        float x[8];
+        load8<DType::f32>(sums + r * T::kSumPitch + at, true, x);
+        hadamard(x, D);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] *= fwht_scale(D);
+        store8<DType::f32>(x, true, sums + r * T::kSumPitch + at);
+      }
+      __syncwarp();
+    }
+  }
+
+  // Channel of acc[step][nt][0 and 1] for which = 0, of [2 and 3] for 1.
+  __device__ int channel(int step, int which) const {
+    if (!Packed || basis == kRowBasis) return 16 * step + 8 * which + g;
+    constexpr int steps = T::kGroup / 16;
+    return step / steps * T::kGroup + g * (T::kGroup / 8) + 2 * (step % steps) + which;
+  }
+
+  // acc is added to `sums` and cleared; m and l go to `state`. Sums of different bases meet in the plain one: what is there
+  // is rotated before rotated sums are added, and all of it back.
+  __device__ void flush() {
+    const bool rotate = Packed && basis == kRotatedBasis && p.plan.mixed_basis;
+    if (rotate && sums_used) rotate_sums();
+    const float factor = basis == kRotatedBasis ? 1.0f / v_factor : 1.0f;
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int r = 8 * nt + 2 * c + i;
+        const float before = sums_used ? ptx::ex2(state[r].m - m[nt][i]) : 0.0f;
+#pragma unroll
+        for (int step = 0; step < T::kSteps; ++step)
+#pragma unroll
+          for (int which = 0; which < 2; ++which) {
+            float* sum = sums + r * T::kSumPitch + channel(step, which);
+            float& x = acc[step][nt][2 * which + i];
+            *sum = x * factor + (sums_used ? *sum * before : 0.0f);
+            x = 0.0f;
+          }
+      }
+    if (rotate) rotate_sums();
+    __syncwarp();  // state[].m was read
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float sum = l[nt][i];
+#pragma unroll
+        for (int h = 4; h < 32; h *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, h);
+        if (g == 0) state[8 * nt + 2 * c + i] = {m[nt][i], sum};
+      }
+    __syncwarp();
+    v_factor = kNoFactor;
+    sums_used = true;
+  }
+};
+
+// q of the segment's rows into B operands of every kind that the pools need, and what the rows have of their own.
+template <int D, int NT, bool Packed>
+__device__ __forceinline__ void make_queries(const Params& p, const Segment& seg, uint8_t* smem, Row* rows) {
+  using T = Tile<D, NT>;
+  const int octet = threadIdx.x % T::kRowLanes;  // 8 channels
+  const float unit = p.softcap > 0.0f ? 1.0f : kLog2e;
+  for (int r = threadIdx.x / T::kRowLanes; r < T::kRows; r += blockDim.x / T::kRowLanes) {
+    const int row = seg.tile * T::kRows + r, t = row / p.plan.group;
+    const int64_t head = seg.head * p.plan.group + row % p.plan.group;
+    const bool valid = row < p.plan.rows;
+    float x[8] = {}, rotated[8], q_mu = 0.0f;
+    if (valid && octet * kPerLane < D) {
+      const int64_t at = seg.b * p.q_batch + t * p.q_token + head * p.q_head + octet * kPerLane;
+      load8(p.dtype, static_cast<const uint16_t*>(p.q) + at, p.plan.q_vector, x);
+    }
+    float top = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) top = fmaxf(top, fabsf(x[i]));
+    const bool rotate = Packed && p.plan.queries[kQueriesRotated] >= 0;
+    if (rotate) {
+      const int64_t at = int64_t(seg.head) * D + octet * kPerLane;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (p.transform.centre) q_mu += x[i] * p.transform.centre[at + i];
+        rotated[i] = p.transform.balance ? x[i] / p.transform.balance[at + i] : x[i];
+      }
+      hadamard(rotated, D);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        rotated[i] *= fwht_scale(D);
+        top = fmaxf(top, fabsf(rotated[i]));
+      }
+      q_mu = fold_lanes(q_mu, T::kRowLanes, [](float a, float b) { return a + b; });
+    }
+    top = fold_lanes(top, T::kRowLanes, [](float a, float b) { return fmaxf(a, b); });
+    // The largest becomes 2^7 ... 2^8: far from fp16's end, and what is down to 2^-21 of it keeps all its bits.
+    const int exponent = max(static_cast<int>(float_bits(top) >> 23) - 127, -100);
+    const float up = bits_float(static_cast<uint32_t>(127 + 7 - exponent) << 23);
+    const float down = bits_float(static_cast<uint32_t>(127 - 7 + exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      x[i] *= up;
+      if (rotate) rotated[i] *= up;
+    }
+    // word of (step, register b0 or b1, lane 4 g + c) with g = r % 8
+    const auto word = [&](Queries kind, int step, int reg, int c) {
+      return reinterpret_cast<uint32_t*>(smem + p.plan.queries[kind]) +
+             (((r / 8 * T::kStepPairs + step / 2) * 32 + r % 8 * 4 + c) * 4 + step % 2 * 2 + reg);
+    };
+    if (octet < 4 * T::kStepPairs) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (p.plan.queries[kQueriesF16] >= 0)
+          *word(kQueriesF16, octet / 2, octet % 2, c) = pack_f16(x[2 * c], x[2 * c + 1]);
+        if (p.plan.queries[kQueriesBf16] >= 0)
+          *word(kQueriesBf16, octet / 2, octet % 2, c) = pack_bf16(x[2 * c], x[2 * c + 1]);
+      }
+      if constexpr (Packed) {
+        // group of channels, quarter c of it, 16 channels n of that, channels 0-7 or 8-15
+        constexpr int octets = T::kGroup / 8;
+        const int group = octet / octets, in_group = octet % octets, c = in_group / (octets / 4);
+        const int n = in_group % (octets / 4) / 2, high = octet % 2;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int step = group * (T::kGroup / 16) + 4 * n + i / 2;
+          if (rotate)
+            reinterpret_cast<__half*>(word(kQueriesRotated, step, i % 2, c))[high] = __float2half_rn(rotated[i]);
+          if (p.plan.queries[kQueriesPlain] >= 0)
+            reinterpret_cast<__half*>(word(kQueriesPlain, step, i % 2, c))[high] = __float2half_rn(x[i]);
+        }
+      }
+    }
+    if (octet == 0) {
+      Row own;
+      own.q_scale = p.scale * unit * down;
+      own.q_mu = q_mu * p.scale * unit;
+      own.slope = valid && p.alibi_slopes ? p.alibi_slopes[seg.b * p.alibi_stride + head] * kLog2e : 0.0f;
+      own.last = seg.len - static_cast<int>(p.Tq) + t;
+      rows[r] = own;
+    }
+  }
+}
+
+template <int D, int NT, bool Packed>
+__device__ __forceinline__ void run_segment(const Params& p, const Segment& seg) {
+  using T = Tile<D, NT>;
+  KK_DYN_SMEM(uint8_t, smem);
+  KK_SHARED(Row, rows, [T::kRows]);
+  KK_SHARED(State, states, [kMaxWarps * T::kRows]);
+  const int warp = threadIdx.x / 32;
+  const auto sums_of = [&](int w) {
+    return reinterpret_cast<float*>(smem + p.plan.stages_offset + w * p.plan.warp_bytes + p.plan.sums_offset);
+  };
+
+  __syncthreads();  // the previous segment has been written
+  make_queries<D, NT, Packed>(p, seg, smem, rows);
+  __syncthreads();
+  Warp<D, NT, Packed>(p, seg, smem, rows, smem + p.plan.stages_offset + warp * p.plan.warp_bytes, sums_of(warp),
+                      states + warp * T::kRows)
+      .run();
+  __syncthreads();
+
+  const int octet = threadIdx.x % T::kRowLanes;
+  for (int r = threadIdx.x / T::kRowLanes; r < T::kRows; r += blockDim.x / T::kRowLanes) {
+    float m = kLowest, l = 0.0f, sum[8] = {};
+    for (int w = 0; w < p.plan.warps; ++w) m = fmaxf(m, states[w * T::kRows + r].m);
+    for (int w = 0; w < p.plan.warps; ++w) {
+      const State s = states[w * T::kRows + r];
+      const float f = ptx::ex2(s.m - m);
+      l += s.l * f;
+      if (octet * kPerLane < D) {
+        float x[8];
+        load8<DType::f32>(sums_of(w) + r * T::kSumPitch + octet * kPerLane, true, x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] += x[i] * f;
+      }
+    }
+    if (Packed && p.plan.rotate_at_end) {
+      hadamard(sum, D);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] *= fwht_scale(D);
+    }
+    const int row = seg.tile * T::kRows + r;
+    if (row >= p.plan.rows) continue;
+    if (seg.slot) {
+      if (octet * kPerLane < D) store8<DType::f32>(sum, true, seg.slot + r * D + octet * kPerLane);
+      if (octet == 0) reinterpret_cast<State*>(seg.slot + T::kRows * D)[r] = {m, l};
+    } else {
+      write_row(p, seg.b, row / p.plan.group, seg.head * p.plan.group + row % p.plan.group, sum, {m, l}, octet);
+    }
+  }
+}
+
+// ---- kernels
+
+// Registers: 168 leave room for 3 blocks of 4 warps on an SM, 255 for 2.
+template <int D, int NT>
+constexpr int kBlocksPerSm = D * NT <= 128 ? 3 : 2;
+
+template <int D, int NT, bool Packed>
+__global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerSm<D, NT>)
+    attention_kernel(const __grid_constant__ Params p) {
+  const int64_t heads = p.plan.row_tiles * p.Hkv;
+  const int64_t slot_size = slot_floats(D, 8 * NT);
+  Segment seg;
+  const auto at_item = [&](int64_t b, int64_t item, const Visible& v, int64_t first, int64_t count) {
+    seg.b = b;
+    seg.tile = static_cast<int>(item / p.Hkv);
+    seg.head = static_cast<int>(item % p.Hkv);
+    seg.begin = v.first_unit + static_cast<int>(first);
+    seg.end = seg.begin + static_cast<int>(count);
+    seg.len = v.len;
+    seg.first_token = v.begin;
+  };
+
+  if (p.plan.splits) {
+    const int64_t all = p.B * heads * p.plan.splits;
+    for (int64_t i = blockIdx.x; i < all; i += gridDim.x) {
+      const int64_t item = i / p.plan.splits, b = item / heads, split = i % p.plan.splits;
+      const Visible v = visible(p, b);
+      const Splits s(p, v);
+      if (split >= s.count) continue;
+      const int64_t first = s.begin(split), end = s.begin(split + 1);
+      at_item(b, item % heads, v, first, end - first);
+      seg.slot = s.count == 1 ? nullptr : p.plan.partials + i * slot_size;
+      run_segment<D, NT, Packed>(p, seg);
+    }
+    return;
+  }
+
+  const Shares shares(p, count_units(p, 0).all * heads);
+  if (blockIdx.x >= shares.n) return;
+  int64_t at = shares.begin(blockIdx.x);
+  const int64_t begin = at, end = shares.begin(blockIdx.x + 1);
+  Place place = find_unit(p, at, heads);
+  while (at < end) {
+    const Visible v = visible(p, place.b);
+    const int64_t in_b = at - place.before;
+    if (in_b >= v.units * heads) {
+      place = {place.b + 1, place.before + v.units * heads};
+      continue;
+    }
+    const int64_t item = in_b / v.units, first = in_b % v.units;
+    const int64_t count = v.units - first < end - at ? v.units - first : end - at;
+    at_item(place.b, item, v, first, count);
+    seg.slot = count == v.units ? nullptr : p.plan.partials + (2 * blockIdx.x + (at > begin)) * slot_size;
+    run_segment<D, NT, Packed>(p, seg);
+    at += count;
+  }
+}
+
+// Merges the parts of what was cut, and writes the rows of empty sequences. Block (b, y): rows y, y + gridDim.y, ... in
+// groups that fill the block.
+template <int L>
+__global__ void __launch_bounds__(32 * kMaxWarps) merge_kernel(const __grid_constant__ Params p, int tile_rows) {
+  const int64_t b = blockIdx.x, heads = p.plan.row_tiles * p.Hkv;
+  const Visible v = visible(p, b);
+  const Splits splits(p, v);
+  UnitCount units{};
+  if (p.plan.splits == 0) units = count_units(p, b);
+  const Shares shares(p, units.all * heads);
+  const int64_t slot_size = slot_floats(p.D, tile_rows);
+  const int octet = threadIdx.x % L, per_block = blockDim.x / L;
+  for (int row = blockIdx.y * per_block + threadIdx.x / L; row < p.plan.rows * p.Hkv; row += gridDim.y * per_block) {
+    const int64_t t = row / p.Hq, head = row % p.Hq;
+    const int64_t tile_row = t * p.plan.group + head % p.plan.group, r = tile_row % tile_rows;
+    const int64_t item = tile_row / tile_rows * p.Hkv + head / p.plan.group;
+    const int64_t first_unit = units.before * heads + item * v.units;  // equal shares
+    int64_t first = 0, n = 0;                                          // blocks or splits
+    if (v.units > 0 && p.plan.splits) {
+      n = splits.count;
+    } else if (v.units > 0) {
+      first = shares.block_of(first_unit);
+      n = shares.block_of(first_unit + v.units - 1) - first + 1;
+    }
+    if (n == 1) continue;  // written where it was computed
+    const auto slot = [&](int64_t i) {
+      if (p.plan.splits) return p.plan.partials + ((b * heads + item) * p.plan.splits + i) * slot_size;
+      const int64_t block = first + i;
+      return p.plan.partials + (2 * block + (first_unit > shares.begin(block))) * slot_size;
+    };
+    const auto state = [&](int64_t i) { return reinterpret_cast<const State*>(slot(i) + tile_rows * p.D)[r]; };
+    float m = kLowest, l = 0.0f, sum[8] = {};
+    for (int64_t i = 0; i < n; ++i) m = fmaxf(m, state(i).m);
+#pragma unroll 4
+    for (int64_t i = 0; i < n; ++i) {
+      const State s = state(i);
+      const float f = ptx::ex2(s.m - m);
+      l += s.l * f;
+      if (octet * kPerLane < p.D) {
+        float x[8];
+        load8<DType::f32>(slot(i) + r * p.D + octet * kPerLane, true, x);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[j] += x[j] * f;
+      }
+    }
+    write_row(p, b, t, head, sum, {m, l}, octet);
+  }
+}
+
+// ---- host
+
+bool is_packed(Format f) {
+  bool packed = false;
+  with_format(f, [&](auto fmt) { packed = decltype(fmt)::packed; });
+  return packed;
+}
+bool is_rotated(Format f) {
+  bool rotated = false;
+  with_format(f, [&](auto fmt) { rotated = decltype(fmt)::rotated; });
+  return rotated;
+}
+
+bool any_packed(const QuantAttentionParams& p) {
+  bool packed = false;
+  for (int i = 0; i < p.num_pools; ++i) packed |= is_packed(p.pools[i].k_format) || is_packed(p.pools[i].v_format);
+  return packed;
+}
+
+void check_pools(const QuantAttentionParams& p) {
+  const auto refuse = [](const std::string& message) { fail(message.c_str()); };
+  const auto name = [](int i) { return "pool " + std::to_string(i); };
+  if (p.dtype != DType::f16 && p.dtype != DType::bf16) fail("q must be float16 or bfloat16 on CUDA, got float32");
+  for (int i = 0; i < p.num_pools; ++i) {
+    const Pool& pool = p.pools[i];
+    if (p.dtype == DType::f16 && (pool.k_format == Format::bf16 || pool.v_format == Format::bf16))
+      refuse("q is float16, but " + name(i) +
+             " holds bf16, whose numbers may not fit float16; on CUDA use bfloat16 queries with it");
+    for (const Side side : {Side::K, Side::V}) {
+      const bool keys = side == Side::K;
+      const uint8_t* data = keys ? pool.k : pool.v;
+      if (!aligned16(data, keys ? pool.k_page : pool.v_page, keys ? pool.k_head : pool.v_head,
+                     keys ? pool.k_token : pool.v_token))
+        refuse(name(i) + (keys ? ", keys" : ", values") +
+               ": on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + " +
+               std::to_string(reinterpret_cast<uintptr_t>(data) % 16) + " and strides of " +
+               std::to_string(keys ? pool.k_page : pool.v_page) + ", " +
+               std::to_string(keys ? pool.k_head : pool.v_head) + " and " +
+               std::to_string(keys ? pool.k_token : pool.v_token) + " bytes");
+    }
+    if (p.page_size % 16 != 0 && (pool.k_format != p.pools[0].k_format || pool.v_format != p.pools[0].v_format))
+      refuse("page_size " + std::to_string(p.page_size) +
+             " is not a multiple of 16, so on CUDA all pools must have one format; " + name(i) + " and pool 0 differ");
+  }
+}
+
+template <int D, int NT>
+Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
+  using T = Tile<D, NT>;
+  Plan plan{};
+  plan.group = static_cast<int>(p.Hq / p.Hkv);
+  plan.rows = static_cast<int>(p.Tq) * plan.group;
+  plan.row_tiles = (plan.rows + T::kRows - 1) / T::kRows;
+  for (plan.unit = 64; plan.unit > 16 && (p.page_size % plan.unit || p.split_tokens % plan.unit);) plan.unit /= 2;
+  plan.splits = p.split_tokens > 0 ? (p.max_pages * p.page_size + p.split_tokens - 1) / p.split_tokens : 0;
+
+  bool needed[kQueryKinds] = {};
+  int k_bytes = 0, v_bytes = 0, rotated = 0;
+  for (int i = 0; i < p.num_pools; ++i) {
+    const Pool& pool = p.pools[i];
+    const Format k = pool.k_format, v = pool.v_format;
+    const int tokens = is_packed(k) && is_packed(v) ? plan.unit : 16;
+    needed[k == Format::f16    ? kQueriesF16
+           : k == Format::bf16 ? kQueriesBf16
+           : is_rotated(k)     ? kQueriesRotated
+                               : kQueriesPlain] = true;
+    k_bytes = std::max(k_bytes, stage_side<D>(k, Side::K, tokens));
+    v_bytes = std::max(v_bytes, stage_side<D>(v, Side::V, tokens));
+    rotated += is_rotated(v);
+    const Format first = p.pools[0].v_format;
+    plan.mixed_basis |= is_rotated(v) != is_rotated(first) || is_packed(v) != is_packed(first);
+  }
+  plan.rotate_at_end = rotated > 0 && !plan.mixed_basis;
+  plan.v_offset = T::kHeader + k_bytes;
+  plan.stage_bytes = plan.v_offset + v_bytes;
+  int offset = 0;
+  for (int i = 0; i < kQueryKinds; ++i) {
+    plan.queries[i] = needed[i] ? offset : -1;
+    offset += needed[i] ? T::kQueryBytes : 0;
+  }
+  plan.stages_offset = offset;
+
+  // As many blocks on an SM as registers allow with 3 or 4 stages, else fewer; at last fewer warps.
+  const int block_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device);
+  const int sm_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device);
+  constexpr int kReserved = 1024 + kMaxWarps * T::kRows * sizeof(State) + T::kRows * sizeof(Row);  // CUDA's, and static
+  const auto fits = [&](int warps, int blocks, int stages) {
+    const int sums = T::kRows * T::kSumPitch * 4;
+    plan.warps = warps;
+    plan.stages = stages;
+    plan.sums_offset = plan.mixed_basis ? stages * plan.stage_bytes : 0;
+    plan.warp_bytes = plan.mixed_basis ? plan.sums_offset + sums : std::max(stages * plan.stage_bytes, sums);
+    plan.smem = plan.stages_offset + warps * plan.warp_bytes;
+    plan.blocks = blocks * device_attribute(cudaDevAttrMultiProcessorCount, exec.device);
+    return plan.smem <= std::min(block_limit - kReserved, sm_limit / blocks - kReserved);
+  };
+  for (int warps = kMaxWarps; warps > 0; warps /= 2)
+    for (int blocks = kBlocksPerSm<D, NT>; blocks > 0; --blocks)
+      for (int stages = 4; stages >= (blocks > 1 ? 3 : 2); --stages)
+        if (fits(warps, blocks, stages)) return plan;
+  fail("head_dim is too large for the shared memory of this GPU");
+}
+
+template <typename F>
+void with_tile(const QuantAttentionParams& p, F&& f) {
+  const bool small = p.Tq * (p.Hq / p.Hkv) <= 8;
+  one_of<64, 80, 96, 112, 128, 192, 256>("quant_attention: head_dim", p.D, [&](auto d) {
+    if (small)
+      f(d, Int<1>{});
+    else
+      f(d, Int<2>{});
+  });
+}
+
+int64_t num_slots(const QuantAttentionParams& p, const Plan& plan) {
+  return plan.splits ? p.B * plan.row_tiles * p.Hkv * plan.splits : 2 * int64_t(plan.blocks);
+}
+
+template <int D, int NT, bool Packed>
+void launch_all(const QuantAttentionParams& q, const CudaExec& exec) {
+  Params p{};
+  static_cast<QuantAttentionParams&>(p) = q;
+  p.plan = make_plan<D, NT>(q, exec);
+  p.plan.partials = static_cast<float*>(q.workspace);
+  p.plan.q_vector = aligned16(q.q, q.q_batch * 2, q.q_token * 2, q.q_head * 2);
+  p.plan.out_vector = aligned16(q.out, q.out_batch * 2, q.out_token * 2, q.out_head * 2);
+  launch(attention_kernel<D, NT, Packed>, dim3(p.plan.blocks), dim3(32 * p.plan.warps), p.plan.smem, exec.stream, p);
+  constexpr int L = Tile<D, NT>::kRowLanes, rows = 32 * kMaxWarps / L;
+  const int64_t tiles = (p.plan.rows * q.Hkv + rows - 1) / rows, most = std::max<int64_t>(1, kMergeBlocks / q.B);
+  launch(merge_kernel<L>, dim3(static_cast<unsigned>(q.B), static_cast<unsigned>(std::min(tiles, most))),
+         dim3(32 * kMaxWarps), 0, exec.stream, p, 8 * NT);
+}
+
+}  // namespace
+
+int64_t quant_attention_workspace(const QuantAttentionParams& p, const CudaExec& exec) {
+  int64_t bytes = 0;
+  with_tile(p, [&](auto d, auto nt) {
+    constexpr int D = decltype(d)::value, NT = decltype(nt)::value;
+    bytes = num_slots(p, make_plan<D, NT>(p, exec)) * slot_floats(D, 8 * NT) * int64_t(sizeof(float));
+  });
+  return bytes;
+}
+
+void quant_attention(const QuantAttentionParams& p, const CudaExec& exec) {
+  if (p.B == 0 || p.Hq == 0 || p.Tq == 0) return;
+  check_pools(p);
+  with_tile(p, [&](auto d, auto nt) {
+    constexpr int D = decltype(d)::value, NT = decltype(nt)::value;
+    if constexpr (D == 64 || D == 128 || D == 256) {
+      if (any_packed(p)) return launch_all<D, NT, true>(p, exec);
+    }
+    launch_all<D, NT, false>(p, exec);
+  });
+}
+
+}  // namespace kk::cuda
