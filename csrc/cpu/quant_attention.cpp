@@ -11,6 +11,7 @@
 // are brought to the plain basis once, at the end of the task. Intervals of one sequence are merged by their (max, sum).
 #include "kvkernels/ops/quant_attention.h"
 
+#include "cpu/ahead.h"
 #include "cpu/codec.h"
 #include "cpu/codes.h"
 #include "cpu/entry.h"
@@ -134,12 +135,7 @@ struct Task {
     int64_t lanes;
     bool acc_used, words_ready;
   } state[kMaxPools];
-  struct Range {
-    const uint8_t *at, *end;
-  };
-  static constexpr int kMaxRanges = 6 * kChunk / kTile;  // of the next chunk: up to three in each side of its pages
-  Range range[kMaxRanges];
-  int num_ranges, this_range;
+  Ahead ahead;
   bool rot_ready = false;
   const float* slopes = nullptr;  // ALiBi slopes of this task's query group
 
@@ -247,45 +243,44 @@ struct Task {
 
   // ---- scores
 
-  void scores(const Chunk& c, const Chunk& next, int64_t h) {
+  void scores(const Chunk& c, int64_t h) {
     with_format(c.pool->k_format, [&](auto fmt) {
       using Fmt = decltype(fmt);
       if constexpr (!Fmt::packed) {
-        const uint8_t *row[kRowChunk], *ahead[kRowChunk];
+        const uint8_t* row[kRowChunk];
         row_pointers(c, c.pool->k_token, true, row);
-        row_pointers(next, next.pool->k_token, true, ahead);
 #if defined(__AVX512F__)
-        if (same<Fmt, bf16> && q_bf16) return bf16_scores<D>(LoadBf16{row, ahead}, c.n, q_bf16, p.scale, rows, s);
+        if (same<Fmt, bf16> && q_bf16)
+          return bf16_scores<D>(LoadBf16{row}, c.n, q_bf16, p.scale, rows, s, ahead, kAheadScores);
 #endif
         if constexpr (same<Fmt, bf16>)
-          row_scores<D>(LoadBf16{row, ahead}, c.n, q, D, rows, s);
+          row_scores<D>(LoadBf16{row}, c.n, q, D, rows, s, ahead, kAheadScores);
         else
-          row_scores<D>(LoadF16{row, ahead}, c.n, q, D, rows, s);
+          row_scores<D>(LoadF16{row}, c.n, q, D, rows, s, ahead, kAheadScores);
       } else if constexpr (kPackedDim) {
         if constexpr (Fmt::rotated) rotate_q(h);
 #if defined(__AVX2__)
         if constexpr (uses_codes<Fmt>) return code_scores<Fmt>(c);
 #endif
         if constexpr (same<Fmt, u8>) {
-          u8_scores(c, next);
+          u8_scores(c);
         } else if constexpr (same<Fmt, kivi2>) {
           kivi2_scores(c);
         } else {
           decode_chunk<Fmt>(Side::K, c);
-          row_scores<D>(LoadF32{decoded, D}, c.n, q_rot, D, rows, s);
+          row_scores<D>(LoadF32{decoded, D}, c.n, q_rot, D, rows, s, ahead, kAheadScores);
           add_q_mu(c.n);
         }
       }
     });
   }
 
-  // row [kRowChunk]: the first tokens of the chunk (a packed one that comes next may have more); the last one repeated.
+  // row [kRowChunk]: the chunk's tokens; the last one repeated.
   static void row_pointers(const Chunk& c, int64_t stride, bool k_side, const uint8_t** row) {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       const uint8_t* x = (k_side ? pc.k : pc.v) + pc.token * stride;
-      const int end = pc.col + pc.n < kRowChunk ? pc.col + pc.n : kRowChunk;
-      for (int j = pc.col; j < end; ++j, x += stride) row[j] = x;
+      for (int j = pc.col; j < pc.col + pc.n; ++j, x += stride) row[j] = x;
     }
     for (int j = c.n; j < kRowChunk; ++j) row[j] = row[c.n - 1];
   }
@@ -332,7 +327,6 @@ struct Task {
       const uint8_t* scale = pc.k + kivi2::scale_offset(p.page_size, D);
       const uint8_t* zero = pc.k + kivi2::zero_offset(Side::K, p.page_size, D);
       const LoadCode2 codes{pc.k + pc.token * (D / 4), D / 4};
-      prefetch(pc.n);
       float part[kMaxRows * kChunk], q_zero[kMaxRows];
       for (int r = 0; r < rows; ++r) {
         F dot = F::zero();
@@ -343,7 +337,7 @@ struct Task {
         }
         q_zero[r] = dot.fold_sum();
       }
-      row_scores<D>(codes, pc.n, q_page, D, rows, part);
+      row_scores<D>(codes, pc.n, q_page, D, rows, part, ahead, kAheadScores * pc.n / c.n);
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < pc.n; ++j) s[r * kChunk + pc.col + j] = part[r * kChunk + j] + q_zero[r];
     }
@@ -363,24 +357,23 @@ struct Task {
         zero[pc.col * groups + j] = half_value(load_u16(from + to_zero + j * 2));
       }
     }
-    row_accumulate<D>(LoadAffine2{row, scale, zero, groups}, c.n, s, rows, st.acc, st.lanes);
+    row_accumulate<D>(LoadAffine2{row, scale, zero, groups}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
   }
 
-  void u8_scores(const Chunk& c, const Chunk& next) {
+  void u8_scores(const Chunk& c) {
     float scale[kGroups * kChunk], part[kMaxRows * kChunk];
     load_scales<u8>(c, true, scale);
-    const uint8_t *row[kRowChunk], *ahead[kRowChunk];
+    const uint8_t* row[kRowChunk];
     row_pointers(c, D, true, row);
-    row_pointers(next, D, true, ahead);
     for (int64_t g = 0; g < kGroups; ++g) {
-      row_scores<kGroup>(LoadU8{row, ahead}, c.n, q_rot + g * kGroup, D, rows, part);
+      row_scores<kGroup>(LoadU8{row}, c.n, q_rot + g * kGroup, D, rows, part, ahead, kAheadScores / kGroups);
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < c.n; j += F::W) {
           float* o = s + r * kChunk + j;
           const F base = g ? F::load(o) : F::fill(q_mu[r]);
           fma(F::load(part + r * kChunk + j), F::load(scale + g * kChunk + j), base).store(o);
         }
-      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup, ahead[j] += kGroup;
+      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup;
     }
   }
 
@@ -454,13 +447,16 @@ struct Task {
       }
     constexpr int T = I::W == 16 ? 2 : 1;
     low[vectors] = low[vectors - 1], high[vectors] = high[vectors - 1];  // an odd last one is paired with itself
+    constexpr int kRows = DIGITS == 2 ? 4 : 2;                           // at most 8 digit rows: they share every code
+    const int blocks = rows / kRows + rows % kRows;
+    const int lines = ahead.share(kAheadScores, kGroups * blocks * ((vectors + T - 1) / T));
     for (int64_t g = 0; g < kGroups; ++g) {
       const auto block = [&](auto n, int r) {
         constexpr int R = n.value, M = R * DIGITS;
         const int32_t* words = st.words + r * DIGITS * ldw + g * planes * quads;
         for (int v = 0; v < vectors; v += T) {
           alignas(64) int32_t sums[M][T * I::W];
-          prefetch(T * I::W / 2);
+          ahead.take(lines);
           const uint8_t *rows_low[T], *rows_high[T];
           for (int t = 0; t < T; ++t)
             rows_low[t] = low[v + t] + g * low_group, rows_high[t] = high[v + t] + g * (kGroup / 8);
@@ -481,7 +477,6 @@ struct Task {
           }
         }
       };
-      constexpr int kRows = DIGITS == 2 ? 4 : 2;  // at most 8 digit rows: they share every code
       int r = 0;
       for (; r + kRows <= rows; r += kRows) block(Int<kRows>{}, r);
       for (; r < rows; ++r) block(Int<1>{}, r);
@@ -496,11 +491,12 @@ struct Task {
     alignas(64) float scale[kGroups * kChunk];
     load_scales<Fmt>(c, false, scale);
     const int64_t cols = round_up(c.n, kTile);
+    const int lines = ahead.share(kAheadSums, cols / 4);
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       for (int64_t t = 0; t < round_up(pc.n, kTile); t += 4) {
         uint8_t* out = codes + (pc.col + t) / 4 * lanes * 4;
-        prefetch(2);
+        ahead.take(lines);
         Plane<Fmt::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
         if constexpr (planes == 2)
           Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8), D / 8,
@@ -583,10 +579,11 @@ struct Task {
 
   void softmax(const Chunk& c) {
     const int64_t cols = round_up(c.n, kTile);
+    const int lines = ahead.share(kAheadSoftmax, 2 * rows);
     for (int r = 0; r < rows; ++r) {
       const int64_t t = (first_row + r) / group, last = len - p.Tq + t;  // the row sees tokens <= last
       float* x = s + r * kChunk;
-      prefetch(8);
+      ahead.take(lines);
       if (p.softcap > 0.0f) cap_scores(x, cols);
       if (p.alibi_slopes) add_alibi(x, c, r, last);
       const int64_t lo = clamp(p.window_left >= 0 ? last - p.window_left - c.start : 0, c.n);
@@ -604,6 +601,7 @@ struct Task {
       // Nothing visible yet: subtract 0, so that -inf gives weight 0 and a NaN score stays a NaN.
       const float base = m_new == -INFINITY ? 0.0f : m_new;
       p_top[r] = m_chunk == -INFINITY ? 0.0f : expf(m_chunk - base);
+      ahead.take(lines);
       F sum = F::zero();
       for (int64_t j = 0; j < cols; j += F::W) {
         const F e = exp_neg(F::load(x + j) - F::fill(base));
@@ -643,50 +641,52 @@ struct Task {
 
   // ---- sums over V
 
-  void accumulate(const Chunk& c, const Chunk& next) {
+  void accumulate(const Chunk& c) {
     PoolState& st = state[c.pool_index];
     if (!st.acc_used) memset(st.acc, 0, sizeof(float) * rows * st.lanes);
     st.acc_used = true;
     with_format(c.pool->v_format, [&](auto fmt) {
       using Fmt = decltype(fmt);
       if constexpr (!Fmt::packed) {
-        const uint8_t *row[kRowChunk], *ahead[kRowChunk];
+        const uint8_t* row[kRowChunk];
         row_pointers(c, c.pool->v_token, false, row);
-        row_pointers(next, next.pool->v_token, false, ahead);
+#if defined(__AVX512F__)
+        if (same<Fmt, bf16> && q_bf16)
+          return bf16_accumulate<D>(LoadBf16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
+#endif
         if constexpr (same<Fmt, bf16>)
-          row_accumulate<D>(LoadBf16{row, ahead}, c.n, s, rows, st.acc, st.lanes);
+          row_accumulate<D>(LoadBf16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
         else
-          row_accumulate<D>(LoadF16{row, ahead}, c.n, s, rows, st.acc, st.lanes);
+          row_accumulate<D>(LoadF16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
       } else if constexpr (kPackedDim) {
 #if defined(__AVX2__)
         if constexpr (uses_codes<Fmt>) return code_accumulate<Fmt>(c, st);
 #endif
         if constexpr (same<Fmt, u8>) {
-          u8_accumulate(c, next, st);
+          u8_accumulate(c, st);
         } else if constexpr (same<Fmt, kivi2>) {
           kivi2_accumulate(c, st);
         } else {
           decode_chunk<Fmt>(Side::V, c);
-          row_accumulate<D>(LoadF32{decoded, D}, c.n, s, rows, st.acc, st.lanes);
+          row_accumulate<D>(LoadF32{decoded, D}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
         }
       }
     });
   }
 
-  void u8_accumulate(const Chunk& c, const Chunk& next, PoolState& st) {
+  void u8_accumulate(const Chunk& c, PoolState& st) {
     float scale[kGroups * kChunk], w[kMaxRows * kChunk];
     load_scales<u8>(c, false, scale);
-    const uint8_t *row[kRowChunk], *ahead[kRowChunk];
+    const uint8_t* row[kRowChunk];
     row_pointers(c, D, false, row);
-    row_pointers(next, D, false, ahead);
     for (int64_t g = 0; g < kGroups; ++g) {
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < c.n; j += F::W) {
           const F x = F::load(s + r * kChunk + j);
           where_positive(x, x * F::load(scale + g * kChunk + j)).store(w + r * kChunk + j);
         }
-      row_accumulate<kGroup>(LoadU8{row, ahead}, c.n, w, rows, st.acc + g * kGroup, st.lanes);
-      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup, ahead[j] += kGroup;
+      row_accumulate<kGroup>(LoadU8{row}, c.n, w, rows, st.acc + g * kGroup, st.lanes, ahead, kAheadSums / kGroups);
+      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup;
     }
   }
 
@@ -698,50 +698,45 @@ struct Task {
     for (int64_t i = 0, pos = begin; pos < end; ++i) {
       Chunk &c = chunk[i & 1], &next = chunk[(i + 1) & 1];
       pos = c.start + c.n;
-      const Chunk& ahead = pos < end ? (next_chunk(next, b, h, pos, end), next) : c;
-      num_ranges = this_range = 0;
-      if (pos < end && packed(*ahead.pool)) list_ranges(ahead);
-      scores(c, ahead, h);
+      ahead.clear();
+      if (pos < end) {
+        next_chunk(next, b, h, pos, end);
+        list_lines(next);
+      }
+      scores(c, h);
       softmax(c);
-      accumulate(c, ahead);
-      prefetch(kChunk * D / 64);
+      accumulate(c);
+      ahead.take_rest();
     }
     finish();
   }
 
-  // Where a packed chunk lies: some 140 cache lines at 2 bits. Asked for at once they would wait for each other and the dot
-  // products for them all, so prefetch() is called where there is work to do meanwhile.
-  void list_ranges(const Chunk& c) {
-    num_ranges = this_range = 0;
-    const auto add = [&](const uint8_t* x, int64_t bytes) { range[num_ranges++] = {x, x + bytes}; };
+  void list_lines(const Chunk& c) {
     for (int side = 0; side < 2; ++side)
       with_format(side == 0 ? c.pool->k_format : c.pool->v_format, [&](auto fmt) {
         using Fmt = decltype(fmt);
-        if constexpr (Fmt::packed && Fmt::bits <= 4)
-          for (int i = 0; i < c.pieces && num_ranges + 3 <= kMaxRanges; ++i) {
-            const Piece& pc = c.piece[i];
-            const uint8_t* x = side == 0 ? pc.k : pc.v;
-            if constexpr (Fmt::rotated) {
-              add(x + pc.token * (D * Fmt::low_bits / 8), pc.n * (D * Fmt::low_bits / 8));
-              if (Fmt::bits == 3) add(x + Fmt::plane1_offset(p.page_size, D) + pc.token * (D / 8), pc.n * (D / 8));
-              add(x + Fmt::scales_offset(p.page_size, D) + pc.token * kGroups * 2, pc.n * kGroups * 2);
-            } else {
-              const Side kind = side == 0 ? Side::K : Side::V;
-              add(x + pc.token * (D / 4), pc.n * (D / 4));
-              add(x + kivi2::scale_offset(p.page_size, D),
-                  kivi2::side_bytes(kind, p.page_size, D) - p.page_size * (D / 4));
-            }
+        for (int i = 0; i < c.pieces; ++i) {
+          const Piece& pc = c.piece[i];
+          const uint8_t* x = side == 0 ? pc.k : pc.v;
+          if constexpr (!Fmt::packed) {
+            const int64_t stride = side == 0 ? c.pool->k_token : c.pool->v_token;
+            if (stride == D * 2)
+              ahead.add(x + pc.token * stride, pc.n * stride);
+            else
+              for (int j = 0; j < pc.n; ++j) ahead.add(x + (pc.token + j) * stride, D * 2);
+          } else if constexpr (Fmt::rotated) {
+            constexpr int64_t low_row = D * Fmt::low_bits / 8;
+            ahead.add(x + pc.token * low_row, pc.n * low_row);
+            if (Fmt::bits == 3) ahead.add(x + Fmt::plane1_offset(p.page_size, D) + pc.token * (D / 8), pc.n * (D / 8));
+            ahead.add(x + Fmt::scales_offset(p.page_size, D) + pc.token * kGroups * 2, pc.n * kGroups * 2);
+          } else {
+            const Side kind = side == 0 ? Side::K : Side::V;
+            ahead.add(x + pc.token * (D / 4), pc.n * (D / 4));
+            ahead.add(x + kivi2::scale_offset(p.page_size, D),
+                      kivi2::side_bytes(kind, p.page_size, D) - p.page_size * (D / 4));
           }
+        }
       });
-  }
-  void prefetch(int lines) {
-    while (lines > 0 && this_range < num_ranges) {
-      Range& r = range[this_range];
-      const uint8_t* x = r.at;
-      for (; lines > 0 && x < r.end; --lines, x += 64) __builtin_prefetch(x, 0, 3);
-      r.at = x;
-      if (x >= r.end) ++this_range;
-    }
   }
 
   void next_chunk(Chunk& c, int64_t b, int64_t h, int64_t pos, int64_t end) {

@@ -1,6 +1,7 @@
 // Rows of numbers against query rows in fp32: scores and weighted sums of a chunk of tokens, for formats whose elements
 // turn into floats in one or two instructions. K and V are read once for a block of query rows.
 #pragma once
+#include "cpu/ahead.h"
 #include "cpu/simd.h"
 #include "kvkernels/core/one_of.h"
 
@@ -11,38 +12,25 @@ constexpr int kRowChunk =
     64;  // formats read as rows: a chunk of 16-bit K or V is 16 KB, and the next one is on its way too
 constexpr int kTile = 16;  // packed formats are read by tiles; pages of them are multiples of it
 
-// load(c, i): the F::W channels from i of token c. load.ahead(c, i): asks for the same place one chunk later, once per kLine
-// channels. The page table says where that is; the processor's own prefetcher does not, and stops at every 4 KB besides.
+// load(c, i): the F::W channels from i of token c.
 struct LoadBf16 {
-  static constexpr int kLine = 32;
   const uint8_t* const* rows;
-  const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_bf16(reinterpret_cast<const uint16_t*>(rows[c]) + i); }
-  void ahead(int c, int64_t i) const { __builtin_prefetch(next[c] + i * 2, 0, 3); }
 };
 struct LoadF16 {
-  static constexpr int kLine = 32;
   const uint8_t* const* rows;
-  const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_f16(reinterpret_cast<const uint16_t*>(rows[c]) + i); }
-  void ahead(int c, int64_t i) const { __builtin_prefetch(next[c] + i * 2, 0, 3); }
 };
 struct LoadU8 {  // levels in units of the scale
-  static constexpr int kLine = 64;
   const uint8_t* const* rows;
-  const uint8_t* const* next;
   F operator()(int c, int64_t i) const { return F::load_u8(rows[c] + i) - F::fill(127.5f); }
-  void ahead(int c, int64_t i) const { __builtin_prefetch(next[c] + i, 0, 3); }
 };
 struct LoadCode2 {  // codes of kivi2 keys, whose scale and zero point are of the channel: they go to the query
-  static constexpr int kLine = 256;
   const uint8_t* rows;
   int64_t stride;
   F operator()(int c, int64_t i) const { return F::load_u2(rows + c * stride + i / 4); }
-  void ahead(int, int64_t) const {}  // 32 bytes a token at D = 128: left to the processor
 };
 struct LoadAffine2 {  // kivi2 values: zero + scale * code, both of the token and 32 channels
-  static constexpr int kLine = 256;
   const uint8_t* const* rows;
   const float *scale, *zero;  // [token][groups]
   int64_t groups;
@@ -50,15 +38,15 @@ struct LoadAffine2 {  // kivi2 values: zero + scale * code, both of the token an
     const int64_t g = c * groups + i / 32;
     return fma(F::load_u2(rows[c] + i / 4), F::fill(scale[g]), F::fill(zero[g]));
   }
-  void ahead(int, int64_t) const {}
 };
 struct LoadF32 {  // a buffer in L1
-  static constexpr int kLine = 16;
   const float* rows;
   int64_t ld;
   F operator()(int c, int64_t i) const { return F::load(rows + c * ld + i); }
-  void ahead(int, int64_t) const {}
 };
+
+// Row blocks are of 4 rows, then of 1.
+constexpr int row_blocks(int rows) { return rows / 4 + rows % 4; }
 
 // s[r][c0 + c] = q[r] . row c0 + c for c < F::W; what stands at tokens >= n means nothing.
 template <int R, int64_t N, typename Load>
@@ -75,10 +63,7 @@ inline void row_scores_block(const Load& load, int c0, int n, const float* q, in
       for (int t = 0; t < TG; ++t) acc[r][t] = F::zero();
     for (int64_t i = 0; i < N; i += F::W) {
       F k[TG];
-      for (int t = 0; t < TG; ++t) {
-        k[t] = load(token[t], i);
-        if (i % Load::kLine == 0) load.ahead(token[t], i);
-      }
+      for (int t = 0; t < TG; ++t) k[t] = load(token[t], i);
       for (int r = 0; r < R; ++r) {
         const F x = F::load(q + r * ldq + i);
         for (int t = 0; t < TG; ++t) acc[r][t] = fma(k[t], x, acc[r][t]);
@@ -89,21 +74,30 @@ inline void row_scores_block(const Load& load, int c0, int n, const float* q, in
   for (int r = 0; r < R; ++r) sum_folded(part[r]).store(s + r * kChunk + c0);
 }
 
-// s [rows][kChunk]
+// s [rows][kChunk]; asks for `sixteenths` of the lines ahead.
 template <int64_t N, typename Load>
-inline void row_scores(const Load& load, int n, const float* q, int64_t ldq, int rows, float* s) {
+inline void row_scores(const Load& load, int n, const float* q, int64_t ldq, int rows, float* s, Ahead& ahead,
+                       int sixteenths) {
+  const int lines = ahead.share(sixteenths, row_blocks(rows) * ((n + F::W - 1) / F::W));
   int r = 0;
   for (; r + 4 <= rows; r += 4)
-    for (int c = 0; c < n; c += F::W) row_scores_block<4, N>(load, c, n, q + r * ldq, ldq, s + r * kChunk);
+    for (int c = 0; c < n; c += F::W) {
+      ahead.take(lines);
+      row_scores_block<4, N>(load, c, n, q + r * ldq, ldq, s + r * kChunk);
+    }
   for (; r < rows; ++r)
-    for (int c = 0; c < n; c += F::W) row_scores_block<1, N>(load, c, n, q + r * ldq, ldq, s + r * kChunk);
+    for (int c = 0; c < n; c += F::W) {
+      ahead.take(lines);
+      row_scores_block<1, N>(load, c, n, q + r * ldq, ldq, s + r * kChunk);
+    }
 }
 
 #if defined(__AVX512F__)
 // The same for bf16 keys and bf16 queries with the instruction made for it: products in pairs, summed in fp32. No object is
 // compiled for processors that have it; being one instruction, it stands here by name, and callers ask has_avx512bf16().
 template <int R, int64_t N>
-inline void bf16_scores_block(const LoadBf16& load, int c0, int n, const uint16_t* q, F scale, float* s) {
+inline void bf16_scores_block(const LoadBf16& load, int c0, int n, const uint16_t* q, F scale, float* s, Ahead& ahead,
+                              int lines) {
   constexpr int TG = kFold;
   F part[R][F::W / kFold];
   for (int r = 0; r < R; ++r)
@@ -114,13 +108,11 @@ inline void bf16_scores_block(const LoadBf16& load, int c0, int n, const uint16_
     __m512 acc[R][TG];
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < TG; ++t) acc[r][t] = _mm512_setzero_ps();
+    ahead.take(lines);
     for (int64_t i = 0; i < N; i += 32) {
       const __mmask32 some = N - i >= 32 ? 0xffffffffu : 0xffffu;  // head dims are multiples of 16
       __m512i k[TG];
-      for (int t = 0; t < TG; ++t) {
-        k[t] = _mm512_maskz_loadu_epi16(some, load.rows[token[t]] + i * 2);
-        load.ahead(token[t], i);
-      }
+      for (int t = 0; t < TG; ++t) k[t] = _mm512_maskz_loadu_epi16(some, load.rows[token[t]] + i * 2);
       for (int r = 0; r < R; ++r) {
         const __m512i x = _mm512_maskz_loadu_epi16(some, q + r * N + i);
         for (int t = 0; t < TG; ++t) asm("vdpbf16ps %2, %1, %0" : "+v"(acc[r][t]) : "v"(k[t]), "v"(x));
@@ -136,13 +128,15 @@ inline void bf16_scores_block(const LoadBf16& load, int c0, int n, const uint16_
 
 // s[r][c] = scale * q[r] . row c, q bf16 [rows][N]
 template <int64_t N>
-inline void bf16_scores(const LoadBf16& load, int n, const uint16_t* q, float scale, int rows, float* s) {
+inline void bf16_scores(const LoadBf16& load, int n, const uint16_t* q, float scale, int rows, float* s, Ahead& ahead,
+                        int sixteenths) {
   const F f = F::fill(scale);
+  const int lines = ahead.share(sixteenths, row_blocks(rows) * ((n + kFold - 1) / kFold));
   int r = 0;
   for (; r + 4 <= rows; r += 4)
-    for (int c = 0; c < n; c += F::W) bf16_scores_block<4, N>(load, c, n, q + r * N, f, s + r * kChunk);
+    for (int c = 0; c < n; c += F::W) bf16_scores_block<4, N>(load, c, n, q + r * N, f, s + r * kChunk, ahead, lines);
   for (; r < rows; ++r)
-    for (int c = 0; c < n; c += F::W) bf16_scores_block<1, N>(load, c, n, q + r * N, f, s + r * kChunk);
+    for (int c = 0; c < n; c += F::W) bf16_scores_block<1, N>(load, c, n, q + r * N, f, s + r * kChunk, ahead, lines);
 }
 #endif
 
@@ -153,10 +147,7 @@ inline void row_accumulate_block(const Load& load, int n, int64_t i, const float
     for (int j = 0; j < NV; ++j) a[r][j] = F::zero();
   for (int c = 0; c < n; ++c) {
     F v[NV];
-    for (int j = 0; j < NV; ++j) {
-      v[j] = load(c, i + j * F::W);
-      if (j * F::W % Load::kLine == 0) load.ahead(c, i + j * F::W);
-    }
+    for (int j = 0; j < NV; ++j) v[j] = load(c, i + j * F::W);
     for (int r = 0; r < R; ++r) {
       const F w = F::fill(p[r * kChunk + c]);
       for (int j = 0; j < NV; ++j) a[r][j] = fma(w, v[j], a[r][j]);
@@ -171,19 +162,99 @@ inline void row_accumulate_block(const Load& load, int n, int64_t i, const float
 
 // acc[r][i] += sum over c < n of p[r][c] * row c [i], i < N
 template <int64_t N, typename Load>
-inline void row_accumulate(const Load& load, int n, const float* p, int rows, float* acc, int64_t lda) {
+inline void row_accumulate(const Load& load, int n, const float* p, int rows, float* acc, int64_t lda, Ahead& ahead,
+                           int sixteenths) {
   constexpr int NV = F::W == 16 ? 4 : 2;
-  constexpr int64_t wide = N / (NV * F::W) * (NV * F::W);
+  constexpr int64_t wide = N / (NV * F::W) * (NV * F::W), passes = wide / (NV * F::W) + (N - wide) / F::W;
+  const int lines = ahead.share(sixteenths, row_blocks(rows) * passes);
   const auto block = [&](auto R, int r) {
     constexpr int kR = decltype(R)::value;
-    for (int64_t i = 0; i < wide; i += NV * F::W)
+    for (int64_t i = 0; i < wide; i += NV * F::W) {
+      ahead.take(lines);
       row_accumulate_block<kR, NV>(load, n, i, p + r * kChunk, acc + r * lda, lda);
-    for (int64_t i = wide; i < N; i += F::W)
+    }
+    for (int64_t i = wide; i < N; i += F::W) {
+      ahead.take(lines);
       row_accumulate_block<kR, 1>(load, n, i, p + r * kChunk, acc + r * lda, lda);
+    }
   };
   int r = 0;
   for (; r + 4 <= rows; r += 4) block(Int<4>{}, r);
   for (; r < rows; ++r) block(Int<1>{}, r);
 }
+
+#if defined(__AVX512F__)
+// Weights to bf16, as an attention in that dtype rounds them; a word holds those of two tokens.
+inline void bf16_weights(const float* p, int n, uint32_t* words) {
+  for (int c = 0; c < n; c += 32) {
+    const __m512 low = _mm512_loadu_ps(p + c), high = _mm512_loadu_ps(p + c + 16);
+    __m512i w;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(w) : "v"(high), "v"(low));
+    _mm512_storeu_si512(words + c / 2, w);
+  }
+}
+
+// Channels i to i + 32 * G (16 if HALF). Two tokens' channels are interleaved, in each 128 bits apart, and multiplied with
+// their two weights. Every loop over registers is unrolled and the function kept apart, or they would be an array in memory.
+template <int R, int G, bool HALF>
+[[gnu::noinline]] void bf16_accumulate_block(const LoadBf16& load, int n, int64_t i, const uint32_t* words, float* acc,
+                                             int64_t lda, Ahead& ahead, int lines) {
+  __m512 a[R][2 * G];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < 2 * G; ++j) a[r][j] = _mm512_setzero_ps();
+  for (int c = 0; c < n; c += 2) {
+    if (c % 4 == 0) ahead.take(lines);
+    __m512i v[2 * G];
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) {
+      const uint8_t *even = load.rows[c] + (i + 32 * g) * 2, *odd = load.rows[c + 1] + (i + 32 * g) * 2;
+      const __mmask32 some = HALF ? 0xffffu : 0xffffffffu;
+      const __m512i x = _mm512_maskz_loadu_epi16(some, even), y = _mm512_maskz_loadu_epi16(some, odd);
+      v[2 * g] = _mm512_unpacklo_epi16(x, y);
+      v[2 * g + 1] = _mm512_unpackhi_epi16(x, y);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m512i w = _mm512_set1_epi32(static_cast<int>(words[r * kRowChunk / 2 + c / 2]));
+#pragma GCC unroll 4
+      for (int j = 0; j < 2 * G; ++j) asm("vdpbf16ps %2, %1, %0" : "+v"(a[r][j]) : "v"(v[j]), "v"(w));
+    }
+  }
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) {
+      float* o = acc + r * lda + i + 32 * g;
+      const __m512 x = _mm512_permutex2var_ps(a[r][2 * g], first, a[r][2 * g + 1]);
+      _mm512_storeu_ps(o, _mm512_add_ps(_mm512_loadu_ps(o), x));
+      const __m512 y = _mm512_permutex2var_ps(a[r][2 * g], second, a[r][2 * g + 1]);
+      if (!HALF) _mm512_storeu_ps(o + 16, _mm512_add_ps(_mm512_loadu_ps(o + 16), y));
+    }
+}
+
+// acc[r][i] += sum over c < n of bf16(p[r][c]) * row c [i]. p is 0 from n to the next multiple of 16, and row n can be read.
+template <int64_t N>
+inline void bf16_accumulate(const LoadBf16& load, int n, const float* p, int rows, float* acc, int64_t lda,
+                            Ahead& ahead, int sixteenths) {
+  constexpr int64_t wide = N / 64 * 64, half = N / 32 * 32, passes = (N + 63) / 64;
+  const int lines = ahead.share(sixteenths, row_blocks(rows) * passes * ((n + 3) / 4));
+  const auto block = [&](auto R, int r) {
+    constexpr int kR = decltype(R)::value;
+    uint32_t words[kR * kRowChunk / 2];
+    for (int j = 0; j < kR; ++j) bf16_weights(p + (r + j) * kChunk, n, words + j * kRowChunk / 2);
+    float* o = acc + r * lda;
+    for (int64_t i = 0; i < wide; i += 64) bf16_accumulate_block<kR, 2, false>(load, n, i, words, o, lda, ahead, lines);
+    if constexpr (half > wide) bf16_accumulate_block<kR, 1, false>(load, n, wide, words, o, lda, ahead, lines);
+    if constexpr (N > half) bf16_accumulate_block<kR, 1, true>(load, n, half, words, o, lda, ahead, lines);
+  };
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) block(Int<4>{}, r);
+  for (; r < rows; ++r) block(Int<1>{}, r);
+}
+#endif
 
 KK_END

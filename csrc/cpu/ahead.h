@@ -1,0 +1,45 @@
+// Cache lines of the chunk to come. The page table says where they are; the processor's own prefetcher does not, and stops at
+// every 4 KB besides. They are asked for in step with the work on the current chunk: a burst would make the loads behind it
+// wait, and in a phase that asks for none the memory would idle. With 16-bit pages an even pace is worth a quarter of the time.
+#pragma once
+#include "kvkernels/core/config.h"
+
+KK_BEGIN
+
+class Ahead {
+ public:
+  static constexpr int kMaxRanges = 128;
+
+  void clear() { lines_ = num_ = now_ = 0; }
+  void add(const uint8_t* x, int64_t bytes) {
+    if (num_ == kMaxRanges) return;
+    range_[num_++] = {x, x + bytes};
+    lines_ += bytes / kLine;
+  }
+  // How many lines each of `steps` calls of take() must ask for so that together they ask for n sixteenths of all.
+  int share(int n, int64_t steps) const { return static_cast<int>((lines_ * n + 16 * steps - 1) / (16 * steps)); }
+  void take(int64_t lines) {
+    while (lines > 0 && now_ < num_) {
+      Range& r = range_[now_];
+      const uint8_t* x = r.at;
+      for (; lines > 0 && x < r.end; --lines, x += kLine) __builtin_prefetch(x, 0, 3);
+      r.at = x;
+      if (x >= r.end) ++now_;
+    }
+  }
+  void take_rest() { take(lines_ + num_); }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Range {
+    const uint8_t *at, *end;
+  };
+  Range range_[kMaxRanges];
+  int64_t lines_ = 0;
+  int num_ = 0, now_ = 0;
+};
+
+// Sixteenths of the lines asked for in each phase of a chunk: about what the phases take.
+constexpr int kAheadScores = 6, kAheadSoftmax = 6, kAheadSums = 4;
+
+KK_END
