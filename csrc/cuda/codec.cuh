@@ -113,7 +113,7 @@ __device__ __forceinline__ void unpack(const TokenPlace<Fmt, L>& at, float (&x)[
   for (int i = 0; i < 8; ++i) {
     uint32_t code = static_cast<uint32_t>(low >> (Fmt::low_bits * i)) & ((1u << Fmt::low_bits) - 1u);
     if constexpr (Fmt::bits == 3) code |= (high >> i & 1u) << 2;
-    x[i] = Grid::decode(static_cast<uint8_t>(code), s);
+    x[i] = __fmul_rn(s, static_cast<float>(code) - Grid::offset);
   }
 }
 
