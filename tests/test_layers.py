@@ -47,7 +47,7 @@ def offenders(folder: str, allowed: "re.Pattern[str]") -> list[str]:
         ("include/kvkernels/ops", r"kvkernels/(exec|pool|format)\.h$"),
         ("include/kvkernels", r"kvkernels/"),
         ("csrc/cpu", r"kvkernels/|cpu/|(immintrin|cpuid)\.h$|(cstdlib|stdexcept|string)$"),
-        ("csrc/cuda", r"kvkernels/|cuda/|cuda"),
+        ("csrc/cuda", r"kvkernels/|cuda/|cuda_(fp16|bf16|runtime)\.h$|simt(_ptx)?\.h$|(algorithm|string|utility)$"),
     ],
 )
 def test_includes(folder: str, allowed: str) -> None:
@@ -60,6 +60,32 @@ def test_only_bind_includes_torch() -> None:
     bind = [name for p in sources("csrc/bind") for name in includes(p)]
     assert any(TORCH.match(name) for name in bind)
     assert [name for name in bind if name.startswith(("cpu/simd", "cuda/"))] == []
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern", "allowed"),
+    [
+        ("inline PTX", r"\basm\b", {"csrc/cuda/ptx.cuh"}),
+        ("launches", r"<<<", {"csrc/cuda/launch.cuh"}),
+        ("shared memory", r"\b__shared__\b", {"csrc/cuda/launch.cuh"}),
+        ("the CUDA runtime", r"\bcuda(?!xx)[A-Z]\w*\(|cuda_runtime", {"csrc/cuda/launch.cuh"}),
+        ("the emulator", r"\bKK_SIMT\b", {f"csrc/{f}" for f in ("cuda/launch.cuh", "cuda/ptx.cuh", "bind/simt.h")}),
+    ],
+)
+def test_what_the_emulator_replaces_stands_in_one_place(what: str, pattern: str, allowed: set[str]) -> None:
+    found = {
+        str(p.relative_to(ROOT))
+        for top in ("include", "csrc/bind", "csrc/cuda")
+        for p in sources(top)
+        if re.search(pattern, re.sub(r"//.*", "", p.read_text()))
+    }
+    assert found == allowed, what
+
+
+def test_every_op_has_both_backends() -> None:
+    ops = {p.stem for p in sources("include/kvkernels/ops")}
+    assert {p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")} == ops
+    assert ops <= {p.stem for p in (ROOT / "csrc/cpu").glob("*.cpp")}
 
 
 def test_headers_stand_alone(tmp_path: Path) -> None:
@@ -103,6 +129,17 @@ def test_symbols_of_an_isa_stay_in_its_namespace(isa: str) -> None:
         if not ours.match(name) and not name.startswith("DW.ref.")
     }
     assert stray == set()
+
+
+CUDA_OBJECTS = sorted((BUILD / "CMakeFiles" / "cuda_kernels.dir").rglob("*.o"))
+
+
+@pytest.mark.skipif(not CUDA_OBJECTS, reason=f"no CUDA objects under {BUILD}: `make cuda` looks at its own")
+def test_symbols_of_cuda_stay_in_their_namespace() -> None:
+    """Else the linker may keep the copy of an inline function that another compiler made."""
+    ours = re.compile(r"_Z(Z|GV|GVZ|TI|TS|TV|TT)?N[KVRO]*2kk(4cuda|6device)")
+    names = {name for path in CUDA_OBJECTS for _, name in nm(path, "--defined-only", "--extern-only")}
+    assert {name for name in names if "2kk" in name and not ours.match(name)} == set()
 
 
 @pytest.fixture(scope="module")

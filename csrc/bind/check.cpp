@@ -84,6 +84,16 @@ bool View::contiguous() const {
   return true;
 }
 
+int64_t View::span() const {
+  int64_t last = 0;  // element
+  for (int64_t i = 0; i < dim; ++i) {
+    if (size[i] == 0) return 0;
+    last += (size[i] - 1) * stride[i];
+  }
+  const int64_t item = dtype & kU8 ? 1 : dtype & (kF16 | kBF16) ? 2 : dtype & (kF32 | kI32) ? 4 : 8;
+  return (last + 1) * item;
+}
+
 std::string shape_text(const int64_t* size, int64_t dim) {
   std::string s = "[";
   for (int64_t i = 0; i < dim; ++i) s += (i ? ", " : "") + std::to_string(size[i]);
@@ -127,7 +137,7 @@ View Check::any(const char* name, const Tensor& t, unsigned allowed) {
   if (!(v.dtype & allowed)) refuse(name, " must be ", set_text(allowed), ", got ", dtype_text(v));
   if (v.dim > 0 && v.size[v.dim - 1] > 1 && v.stride[v.dim - 1] != 1)
     refuse(name, " must be contiguous in its last dim, got strides ", shape_text(v.stride, v.dim));
-  arguments_.add(v, false);
+  if constexpr (kEmulated) arguments_.add(v.name, v.data(), v.span(), false);
   return v;
 }
 
@@ -192,21 +202,9 @@ void Check::writable(const View& v) const {
   for (int64_t i = 0; i < v.dim; ++i)
     if (v.stride[i] == 0 && v.size[i] > 1)
       refuse(v.name, " is written, so its elements must not share memory, got strides ", shape_text(v.stride, v.dim));
-  arguments_.add(v, true);
+  if constexpr (kEmulated) arguments_.add(v.name, v.data(), v.span(), true);
 }
 
 std::string Check::device() const { return device_text(device_type_, device_index_); }
-
-#if defined(KK_SIMT)
-void Arguments::add(const View& v, bool written) const {
-  int64_t last = 0;  // element
-  for (int64_t i = 0; i < v.dim; ++i) {
-    if (v.size[i] == 0) return;
-    last += (v.size[i] - 1) * v.stride[i];
-  }
-  const int64_t bytes = v.dtype & kU8 ? 1 : v.dtype & (kF16 | kBF16) ? 2 : v.dtype & (kF32 | kI32) ? 4 : 8;
-  simt::add_region(v.name, v.data(), static_cast<size_t>((last + 1) * bytes), written);
-}
-#endif
 
 }  // namespace kk::bind

@@ -33,6 +33,7 @@ struct View {
 
   explicit operator bool() const { return name != nullptr; }
   bool contiguous() const;
+  int64_t span() const;  // bytes from the first element to the end of the last
   template <typename T = void>
   const T* data() const {
     const void* p = nullptr;

@@ -119,6 +119,6 @@ class Workspace {
 }  // namespace kk::bind
 
 // The same function under both keys: a build without CUDA then refuses in its own words.
-#define KK_REGISTER(op)                                                                               \
-  STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl(#op, TORCH_BOX(&kk::bind::op)); }             \
+#define KK_REGISTER(op)                                                                   \
+  STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl(#op, TORCH_BOX(&kk::bind::op)); } \
   STABLE_TORCH_LIBRARY_IMPL(kvkernels, CUDA, m) { m.impl(#op, TORCH_BOX(&kk::bind::op)); }

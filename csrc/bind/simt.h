@@ -9,7 +9,6 @@
 #endif
 
 namespace kk::bind {
-struct View;
 
 #if defined(KK_SIMT)
 constexpr bool kEmulated = true;
@@ -22,7 +21,10 @@ class Arguments {
     simt::clear_regions();
     if (scratch_) simt::free(scratch_);
   }
-  void add(const View& v, bool written) const;  // again for one that turns out to be written
+  // Again for one that turns out to be written.
+  void add(const char* name, const void* p, int64_t bytes, bool written) const {
+    simt::add_region(name, p, static_cast<size_t>(bytes), written);
+  }
   void* scratch(int64_t bytes) { return scratch_ = simt::alloc("workspace", static_cast<size_t>(bytes)); }
 
  private:
@@ -31,7 +33,7 @@ class Arguments {
 #else
 constexpr bool kEmulated = false;
 struct Arguments {
-  void add(const View&, bool) const {}
+  void add(const char*, const void*, int64_t, bool) const {}
   void* scratch(int64_t) { return nullptr; }
 };
 #endif

@@ -23,19 +23,16 @@ class Info(dict[str, Any]):
             f"library   {self['library']}",
             f"CPU       {self['isa']} in use ({' '.join(self['isas'])} run here; KVKERNELS_ISA forces one), "
             f"{self['threads']} threads",
-            f"CUDA      {'yes' if self['cuda'] else 'not in this build'}",
+            f"CUDA      {self['cuda'] or 'not in this build (KVKERNELS_CUDA=on builds it)'}"
+            + ("; this build runs the CUDA kernels on the CPU, in the emulator" if self["simt"] else ""),
             "",
         ]
         names = list(self["formats"])
-        header = ["op", "backends", "dtypes", *names]
+        header = ["op", "backend", "dtypes", *names]
         rows = [
-            [
-                op,
-                " ".join(has["backends"]),
-                " ".join(has["dtypes"]),
-                *("x" if name in has["formats"] else "" for name in names),
-            ]
+            [op, backend, " ".join(dtypes), *("x" if name in has["formats"] else "" for name in names)]
             for op, has in self["ops"].items()
+            for backend, dtypes in has["backends"].items()
         ]
         bits = [f"{f['bits_per_element']:.4g}" for f in self["formats"].values()]
         rows.append([f"bits per element (page {PAGE_SIZE}, D {HEAD_DIM})", "", "", *bits])
@@ -43,6 +40,10 @@ class Info(dict[str, Any]):
         table = (header, ["-" * w for w in widths], *rows)
         lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
         return "\n".join([*lines, 'Keys and values may differ in format: kk.format("u3", "u2").'])
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    return [str(t).removeprefix("torch.") for t in dtypes]
 
 
 def info() -> Info:
@@ -55,8 +56,6 @@ def info() -> Info:
         own = version("kvkernels")
     except PackageNotFoundError:
         own = "(not installed)"
-    backends = ("cpu", "cuda")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return Info(
         kvkernels=own,
         torch=torch.__version__,
@@ -66,7 +65,8 @@ def info() -> Info:
         isa=build["isa"],
         isas=build["isas"],
         threads=torch.get_num_threads(),
-        cuda=build["cuda"],
+        cuda=build["cuda"],  # architectures, as CMake names them; None: no CUDA kernels
+        simt=build["simt"],
         asserts=build["assert"],
         compiler=build["compiler"],
         formats={
@@ -79,8 +79,10 @@ def info() -> Info:
         },
         ops={
             name: {
-                "backends": [b for b in backends if has_kernel(f"kvkernels::{name}", b.upper())],
-                "dtypes": [str(t).removeprefix("torch.") for t in op.DTYPES],
+                "backends": {
+                    "cpu": _names(op.DTYPES),
+                    **({"cuda": _names(getattr(op, "CUDA_DTYPES", op.DTYPES))} if build["cuda"] else {}),
+                },
                 "formats": list(op.FORMATS),
             }
             for name, op in OPS.items()

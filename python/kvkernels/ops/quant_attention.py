@@ -11,6 +11,7 @@ from kvkernels.ops import _args, _reference
 from kvkernels.paged_kv import PAGE_BITS, PagedKV
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CUDA_DTYPES = (torch.float16, torch.bfloat16)  # tensor cores multiply 16-bit numbers
 FORMATS = tuple(f.name for f in formats())
 
 _op = torch.ops.kvkernels.quant_attention.default
@@ -70,7 +71,8 @@ def quant_attention(
     """softmax(scale * q k^T) v for the last tokens of B sequences, directly on their packed pages.
 
     q             [B, Hq, D], or [B, Tq, Hq, D] with Tq 1 to 16: the last Tq tokens of each sequence, causal (query i
-                  sees keys j <= L - Tq + i). float32, float16 or bfloat16; Hq a multiple of Hkv; after RoPE
+                  sees keys j <= L - Tq + i). float32 (CPU only), float16 or bfloat16; Hq a multiple of Hkv; after RoPE.
+                  On CUDA bfloat16 pages need bfloat16 q: their numbers need not fit into float16
     kv            up to 8 pools; D 64, 128, 256 if one is packed, else 64, 80, 96, 112, 128, 192, 256
     page_table    int32 [B, max_pages], entries kv.entry(pool, page) = pool << 28 | page; not read past seq_lens
     seq_lens      int32 [B], tokens in the cache, the queries' own included
