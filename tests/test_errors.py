@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import DEVICE, GPU, Q_DTYPE
+from backends import CPU, DEVICE, GPU, Q_DTYPE
 from torch import Tensor
 
 import kvkernels as kk
@@ -274,6 +274,20 @@ FWHT: list[tuple[Args, str]] = [
     ({"x": gaps(X)}, "x must be contiguous in its last dim, got strides [128, 2]"),
 ]
 
+# What only the CUDA kernels refuse.
+WIDE = torch.zeros(3, 2, 32, 132, dtype=torch.bfloat16)[..., :128]  # rows 264 bytes apart
+ODD = torch.zeros(5 * 2 * 2176 + 8, dtype=torch.uint8)[8:].view(5, 2, 2176)  # begins at 16 n + 8
+ON_CUDA: list[tuple[str, Callable[..., Args], Args, str]] = [
+    ("quant_attention", attention, {"q": Q.float()}, "q must be float16 or bfloat16 on CUDA, got float32"),
+    ("quant_attention", attention, {"q": Q.half()}, "q is float16, but pool 1 holds bf16, whose numbers may not fit float16; on CUDA use bfloat16 queries"),
+    ("quant_attention", attention, {"kv": pools(k=WIDE)}, "pool 2, keys: on CUDA the address and all strides must be multiples of 16 bytes"),
+    ("quant_attention", attention, {"kv": pools(u2=ODD)}, "pool 0, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
+    ("write_kv", write, {"pool": 2, "kv": pools(v=WIDE.half())}, "pool, values: on CUDA the address and all strides must be multiples of 16 bytes"),
+    ("read_kv", read, {"kv": pools(u2=ODD)}, "pool, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
+    ("pack_pages", pack, {"kv": pools(u2=ODD)}, "dst, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
+    ("fwht", lambda **x: x, {"x": torch.zeros(1, 1 << 17)}, "on CUDA a row must fit in shared memory: n = 131072 takes 524288 bytes"),
+]  # fmt: skip
+
 TABLES: list[tuple[str, Callable[..., Args], list[tuple[Args, str]]]] = [
     ("quant_attention", attention, ATTENTION),
     ("write_kv", write, WRITE),
@@ -307,6 +321,24 @@ def test_refused(op: str, good: Callable[..., Args], change: Args, message: str)
         getattr(kk, op)(**good(**change))
     # A PagedKV refuses on its own behalf what no op can make sense of.
     assert str(caught.value).startswith((f"{op}: ", "a pool of"))
+
+
+@pytest.mark.skipif(CPU, reason="about the CUDA kernels")
+@pytest.mark.parametrize(
+    ("op", "good", "change", "message"), ON_CUDA, ids=[f"{r[0]}-{'+'.join(r[2])}-{r[3][:40]}" for r in ON_CUDA]
+)
+def test_refused_on_cuda(op: str, good: Callable[..., Args], change: Args, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{op}: {message}")):
+        getattr(kk, op)(**good(**change))
+
+
+@pytest.mark.skipif(CPU, reason="about the CUDA kernels")
+def test_small_pages_of_two_formats_are_refused_on_cuda() -> None:
+    kv = kk.PagedKV.empty(["bf16", "f16"], 40, 2, 128, 5)
+    args = attention(kv=kv, page_table=torch.zeros(4, 20, dtype=torch.int32))
+    with pytest.raises(ValueError, match="quant_attention: page_size 5 is not a multiple of 16, so on CUDA all pools"):
+        kk.quant_attention(**args)
+    kk.quant_attention(**{**args, "kv": kv._replace(pools=kv.pools[:1], formats=kv.formats[:1])})
 
 
 def test_unknown_formats_list_the_known() -> None:
