@@ -1,8 +1,6 @@
-// K and V of one token and KV head between registers and page bytes: what the formats' headers say in scalar code, done by
-// the L lanes of a row (cuda/rows.cuh). Same bytes. Products are __fmul_rn where a sum follows, so that none are fused.
+// K and V of one token and KV head between registers and page bytes: what the formats' headers say in scalar code, done
+// by the L lanes of a row (cuda/rows.cuh). Same bytes. Products are __fmul_rn where a sum follows, so none is fused.
 #pragma once
-#include <string>
-
 #include "cuda/rows.cuh"
 #include "kvkernels/format.h"
 
@@ -23,7 +21,7 @@ struct PoolSide {
   __device__ uint8_t* page(int64_t page, int64_t head) const { return data + page * page_stride + head * head_stride; }
 };
 
-inline PoolSide pool_side(const char* what, const Pool& p, Side side, const KeyTransform& t, int64_t page_size,
+inline PoolSide pool_side(const std::string& what, const Pool& p, Side side, const KeyTransform& t, int64_t page_size,
                           int64_t head_dim) {
   const bool keys = side == Side::K;
   PoolSide s{};
@@ -38,14 +36,7 @@ inline PoolSide pool_side(const char* what, const Pool& p, Side side, const KeyT
   with_format(s.format, [&](auto fmt) { s.rotated = decltype(fmt)::rotated; });
   if (keys && s.rotated) s.transform = t;
   s.transform_vector = aligned16(s.transform.centre) && aligned16(s.transform.balance);  // head_dim * 4 bytes are
-  if (!aligned16(s.data, s.page_stride, s.head_stride, s.token_stride)) {
-    const auto number = [](int64_t x) { return std::to_string(x); };
-    fail((std::string(what) + (keys ? ", keys" : ", values") +
-          ": on CUDA the address and all strides must be multiples of " + "16 bytes; got an address of 16 n + " +
-          number(reinterpret_cast<uintptr_t>(s.data) % 16) + " and strides of " + number(s.page_stride) + ", " +
-          number(s.head_stride) + " and " + number(s.token_stride) + " bytes")
-             .c_str());
-  }
+  require_aligned16(what + (keys ? ", keys" : ", values"), s.data, s.page_stride, s.head_stride, s.token_stride);
   return s;
 }
 

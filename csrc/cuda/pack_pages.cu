@@ -1,5 +1,5 @@
-// Rows (pair, KV head, token) go through fp32 in the user's basis, in registers. Keys that become kivi2 are coded per channel
-// over the page: there a block takes a page of one head and reads it twice.
+// Rows (pair, KV head, token) go through fp32 in the user's basis, in registers. Keys that become kivi2 are coded per
+// channel over the page: there a block takes a page of one head and reads it twice.
 #include "kvkernels/ops/pack_pages.h"
 
 #include "cuda/codec.cuh"

@@ -1,6 +1,8 @@
-// Rows of numbers across the lanes of a warp. A lane holds 8 neighbours, so that 16-bit numbers move 16 bytes at a time:
-//   lane i of a row: channels 8 i .. 8 i + 7         a row of 8 L channels takes L lanes, a warp holds 32 / L rows
+// Rows of numbers across the lanes of a warp. A lane holds 8 neighbours: 16-bit numbers move 16 bytes at a time.
+//   lane i of a row: channels 8 i .. 8 i + 7       a row of 8 L channels takes L lanes, a warp holds 32 / L rows
 #pragma once
+#include <string>
+
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "kvkernels/core/half.h"
@@ -19,9 +21,19 @@ inline bool aligned16(const void* p, Strides... strides) {
   return ((reinterpret_cast<uintptr_t>(p) | ... | static_cast<uintptr_t>(strides)) % 16) == 0;
 }
 
+// Pages are read and written 16 bytes at a time. Strides in bytes.
+inline void require_aligned16(const std::string& name, const uint8_t* data, int64_t page, int64_t head, int64_t token) {
+  if (aligned16(data, page, head, token)) return;
+  const auto text = [](int64_t x) { return std::to_string(x); };
+  fail((name + ": on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + " +
+        text(reinterpret_cast<uintptr_t>(data) % 16) + " and strides of " + text(page) + ", " + text(head) + " and " +
+        text(token) + " bytes")
+           .c_str());
+}
+
 // ---- 8 numbers of a tensor <-> fp32
 
-// 16-bit numbers are converted by the hardware, whose NaN has bits of its own: core/half.h decides where there is one.
+// The hardware converts 16-bit numbers, but its NaN has bits of its own: where there is one, core/half.h decides.
 template <DType T>
 __device__ __forceinline__ void widen(const uint32_t (&w)[4], float (&x)[8]) {
   if constexpr (T == DType::bf16) {
@@ -130,8 +142,8 @@ __device__ __forceinline__ void store8(DType type, const float (&x)[8], bool vec
 
 // ---- across lanes
 
-// H_n within every n channels, n a power of two up to 256. Stages from stride 1 upwards, as core/fwht.h has it: the same
-// additions, hence the same bits. A warp calls it together.
+// H_n within every n channels, n a power of two up to 256. Stages from stride 1 upwards, as core/fwht.h has it: the
+// same additions, hence the same bits. A warp calls it together.
 template <typename Real>
 __device__ __forceinline__ void hadamard(Real (&x)[8], int n) {
 #pragma unroll
@@ -154,9 +166,10 @@ __device__ __forceinline__ void hadamard(Real (&x)[8], int n) {
     }
 }
 
-// fold_sum of core/fwht.h over the 8 G numbers of G = 8 or 16 neighbouring lanes; x is overwritten, all G lanes get the sum.
-// Strides from half the row downwards: lane bits first. Of two lanes that add eight numbers to eight, each takes four, then
-// two, then one (7 shuffles for 3 lane bits, not 24); register bits 4, 2, 1 have become lane bits G/2, G/4, G/8 by then.
+// fold_sum of core/fwht.h over the 8 G numbers of G = 8 or 16 neighbouring lanes; x is overwritten, all G lanes get the
+// sum. Strides from half the row downwards, so lane bits come first. Of two lanes that add eight numbers to eight, each
+// takes four, then two, then one: 7 shuffles for 3 lane bits, not 24. Lanes G/2, G/4 and G/8 apart then hold what
+// registers 4, 2 and 1 apart held.
 template <int G>
 __device__ __forceinline__ float fold_sum(float (&x)[8]) {
   static_assert(G == 8 || G == 16);
