@@ -96,9 +96,14 @@ __device__ __forceinline__ Pair<B> pair_tokens(const uint32_t* a, uint32_t a_hig
   return out;
 }
 
-// out[i] = code - offset of the two runs' channel i; `Half`: code / 2 instead (kivi2).
+// fp16 (1024, 1024). It comes to kernels as an argument and through shared memory, so that the compilers see a variable in a
+// register: of (a & mask) | constant ptxas makes two instructions, of (a & mask) | register one, and this is a third of all
+// that unpacks 2-bit codes.
+constexpr uint32_t kBias = twice(0x6400);
+
+// out[i] = code - offset of the two runs' channel i; `Half`: code / 2 instead (kivi2). `bias` is kBias.
 template <int B, bool Half = false>
-__device__ __forceinline__ void unpack(const Pair<B>& x, uint32_t (&out)[8]) {
+__device__ __forceinline__ void unpack(const Pair<B>& x, uint32_t bias, uint32_t (&out)[8]) {
   if constexpr (B == 8) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -113,8 +118,7 @@ __device__ __forceinline__ void unpack(const Pair<B>& x, uint32_t (&out)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int at = i % per_word, p = code_place(B, at);
-      uint32_t m =
-          shift_left(x.low[i / per_word], code_shift(B, at)) & twice(((1u << plane) - 1u) << p) | twice(0x6400u);
+      uint32_t m = (shift_left(x.low[i / per_word], code_shift(B, at)) & twice(((1u << plane) - 1u) << p)) | bias;
       if constexpr (B == 3) m |= shift_left(x.high, p + 2 - i) & twice(4u << p);
       if constexpr (Half)
         out[i] = fma2(m, twice((14u - p) << 10), twice(0x8000u | (24u - p) << 10));

@@ -52,13 +52,16 @@ struct Plan {
   int unit;                    // tokens; divides page_size and split_tokens, or is 16
   int64_t splits;              // of a sequence, at most; 0: equal shares
   int blocks, warps, stages;
-  // Shared memory: queries of each kind | per warp: its stages, and its sums behind them (over them if the basis is one)
-  int queries[kQueryKinds];  // offsets; < 0: not needed
-  int stages_offset, warp_bytes, stage_bytes, v_offset, sums_offset;
+  // Shared memory: queries of each kind | per warp: scores of a stage, stages, sums (over the stages if the basis is one)
+  int queries[kQueryKinds];  // offset; < 0: not needed
+  int warps_offset, warp_bytes, stages_offset, stage_bytes, v_offset, sums_offset;
+  uint32_t page_magic;  // x / page_size = x * page_magic >> page_shift for 0 <= x < 2^31
+  int page_shift;
   int64_t smem;
   bool mixed_basis;    // the pools' V sums have different bases
   bool rotate_at_end;  // all of them are rotated
   bool q_vector, out_vector;
+  uint32_t bias;    // kBias
   float* partials;  // [2 blocks] or [B, row_tiles, Hkv, splits] slots: sums [8 NT][D], then State [8 NT]
 };
 
@@ -252,12 +255,13 @@ int stage_side(Format format, Side side, int tokens) {
 
 __device__ __forceinline__ bool is_rows(Format f) { return f == Format::bf16 || f == Format::f16; }
 
-// Sixteen tokens in a stage.
+// The tokens of a stage, in tiles of 16.
 struct Tokens {
-  const uint8_t *k, *v;  // sides of the stage
-  int first, count;      // first of the sixteen, and tokens of the stage
-  int position;          // of the first of the sixteen in the sequence
-  bool edge;             // some row does not see some of them
+  uint8_t *k, *v;  // sides
+  int count;       // laid out in the stage
+  int position;    // of the first in the sequence
+  int begin, end;  // tiles that hold visible tokens
+  bool edge;       // some row does not see some token of these tiles
 };
 
 // What a warp does in a segment.
@@ -269,10 +273,12 @@ struct Warp {
   const Segment& seg;
   const uint8_t* shared;  // of the block: queries
   const Row* rows;
-  uint8_t* stages;  // of the warp
-  float* sums;      // [kRows][kSumPitch]
-  State* state;     // [kRows]
+  uint8_t* stages;      // of the warp
+  float4* tile_scores;  // [unit / 16][NT][32]
+  float* sums;          // [kRows][kSumPitch]
+  State* state;         // [kRows]
   int lane, g, c;
+  const uint32_t bias;  // kBias
 
   float acc[T::kSteps][NT][4];  // (two channels, rows 8 nt + 2 c and + 1)
   float m[NT][2], l[NT][2];     // l: of this lane's tokens only
@@ -286,8 +292,16 @@ struct Warp {
   int issued;                 // stages
 
   __device__ Warp(const Params& params, const Segment& segment, uint8_t* smem, const Row* row, uint8_t* own,
-                  float* own_sums, State* own_state)
-      : p(params), seg(segment), shared(smem), rows(row), stages(own), sums(own_sums), state(own_state) {
+                  float4* own_scores, float* own_sums, State* own_state, uint32_t fp16_bias)
+      : p(params),
+        seg(segment),
+        shared(smem),
+        rows(row),
+        stages(own),
+        tile_scores(own_scores),
+        sums(own_sums),
+        state(own_state),
+        bias(fp16_bias) {
     lane = threadIdx.x % 32;
     g = lane / 4;
     c = lane % 4;
@@ -315,51 +329,61 @@ struct Warp {
   }
 
   __device__ void run() {
-    const int stages_n = p.plan.stages;
-    for (int i = 0; i < stages_n - 1; ++i) issue(i);
-    const int all_see_from =
-        p.window_left < 0 ? 0 : seg.len - 1 - static_cast<int>(min(p.window_left, int64_t(seg.len)));
-    const int all_see_to = seg.len - static_cast<int>(p.Tq) + 1;
-    for (int used = 0, now = 0; used < issued; ++used) {
-      wait_oldest();
-      __syncwarp();  // everybody's copies have landed, and everybody has left the stage that is filled now
-      issue(now == 0 ? stages_n - 1 : now - 1);
-      const uint8_t* stage = stages + now * p.plan.stage_bytes;
+    const int n_stages = p.plan.stages;
+    const int seen_by_all_from = p.window_left < 0 ? 0 : static_cast<int>(max(seg.len - 1 - p.window_left, int64_t(0)));
+    const int seen_by_all_to = seg.len - static_cast<int>(p.Tq) + 1;
+    int filled = 0, used = 0;
+    for (int step = 1 - n_stages; step < issued; ++step) {  // the first steps only load
+      if (step >= 0) {
+        wait_oldest();
+        __syncwarp();  // everybody's copies have landed, and everybody has left the stage that is filled now
+      }
+      issue(filled);
+      filled = filled + 1 == n_stages ? 0 : filled + 1;
+      if (step < 0) continue;
+      uint8_t* stage = stages + used * p.plan.stage_bytes;
+      used = used + 1 == n_stages ? 0 : used + 1;
       const int2 header = *reinterpret_cast<const int2*>(stage);
-      const Pool& pool = p.pools[header.y];
-      const Format kf = pool.k_format, vf = pool.v_format;
+      const Format k_format = p.pools[header.y].k_format, v_format = p.pools[header.y].v_format;
       Tokens t;
       t.k = stage + T::kHeader;
       t.v = stage + p.plan.v_offset;
-      t.count = !Packed || is_rows(kf) || is_rows(vf) ? 16 : p.plan.unit;
-      for (t.first = 0; t.first < t.count; t.first += 16) {
-        t.position = header.x + t.first;
-        if (t.position >= seg.len) break;
-        if (t.position + 16 <= seg.first_token) continue;
-        t.edge = t.position < all_see_from || t.position + 16 > all_see_to;
-        float x[NT][4] = {};
-        scores(kf, t, x);
-        softmax(x);
-        values(vf, t, x);
-      }
-      now = now + 1 == stages_n ? 0 : now + 1;
+      t.count = !Packed || is_rows(k_format) || is_rows(v_format) ? 16 : p.plan.unit;
+      t.position = header.x;
+      t.begin = max(seg.first_token - t.position, 0) / 16;
+      t.end = min(t.count, seg.len - t.position + 15) / 16;
+      t.edge = t.position + 16 * t.begin < seen_by_all_from || t.position + 16 * t.end > seen_by_all_to;
+      if (t.begin >= t.end) continue;  // 16 rows of a unit, before the window
+      float top[NT][2];
+      scores(k_format, t, top);
+      raise_maximum(top);
+      values(v_format, t);
     }
     flush();
   }
 
   // ---- loads
 
+  __device__ int page_of(int token) const {
+    return static_cast<int>(static_cast<uint64_t>(token) * p.plan.page_magic >> p.plan.page_shift);
+  }
+
   __device__ int32_t table_entry(int u) const {
     if (u >= seg.end) return 0;
     // Of token lane % 16 where a page has no whole units (16 consecutive tokens then); entries of tokens that are not
     // visible are not looked at.
     const int token = min(max(u * p.plan.unit + lane % 16, seg.first_token), seg.len - 1);
-    return p.page_table[seg.b * p.table_stride + token / static_cast<int>(p.page_size)];
+    return p.page_table[seg.b * p.table_stride + page_of(token)];
   }
 
   __device__ void copy(uint8_t* to, const uint8_t* from, int bytes) const {
     const uint32_t dst = ptx::smem_u32(to);
-    for (int i = lane * 16; i < bytes; i += 32 * 16) ptx::cp_async<16>(dst + i, from + i);
+    int i = lane * 16;
+    for (; i + 3 * 512 < bytes; i += 4 * 512)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) ptx::cp_async<16>(dst + i + j * 512, from + i + j * 512);
+#pragma unroll 1
+    for (; i < bytes; i += 512) ptx::cp_async<16>(dst + i, from + i);
   }
 
   // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, because 0 * NaN is NaN.
@@ -406,7 +430,7 @@ struct Warp {
       const uint8_t* v = pool.v + page * pool.v_page + seg.head * pool.v_head;
       const bool k_rows = !Packed || is_rows(pool.k_format), v_rows = !Packed || is_rows(pool.v_format);
       const int first = unit * p.plan.unit + sub * 16, token = first + lane % 16;
-      const int in_page = token % static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
+      const int in_page = token - page_of(token) * static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
       const bool exists = token >= seg.first_token && token < seg.len;
       const int n = k_rows || v_rows ? 16 : p.plan.unit;
       if (lane == 0) *reinterpret_cast<int2*>(to) = make_int2(first, entry >> 28);
@@ -439,13 +463,52 @@ struct Warp {
       ptx::cp_async_wait<2>();
   }
 
-  // ---- scores of 16 tokens: x[nt] = (token g, rows 2 c and 2 c + 1), (token g + 8, the same)
+  // ---- scores
 
   // Token of row m of an operand, of its eight.
   static __device__ __forceinline__ int token_of(int row) { return row ^ (row >> 2 & 1); }
 
   static __device__ __forceinline__ float half_at(const uint8_t* p, int i) {
     return __half2float(reinterpret_cast<const __half*>(p)[i]);
+  }
+
+  // Scores of tile i as the mma leaves them: (token g, rows 2 c and 2 c + 1), (token g + 8, the same). They wait in shared
+  // memory between K and V, so that either side goes through all tiles of a stage at a time. Each lane has its own.
+  __device__ float4* scores_of(int i, int nt) const { return tile_scores + (i * NT + nt) * 32 + lane; }
+
+  // Products with scaled queries -> scores, in units of log 2; top: the largest of this lane.
+  __device__ void keep_scores(int i, const float (&x)[NT][4], const float (&add)[NT][2], float (&top)[NT][2]) const {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+      float s[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[j] = fmaf(x[nt][j], q_scale[nt][j % 2], add[nt][j % 2]);
+      *scores_of(i, nt) = make_float4(s[0], s[1], s[2], s[3]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) top[nt][j] = fmaxf(top[nt][j], fmaxf(s[j], s[j + 2]));
+    }
+  }
+
+  // What most calls do not need: softcap, ALiBi, tokens that some row does not see.
+  __device__ void finish_scores(const Tokens& t, float (&top)[NT][2]) const {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) top[nt][0] = top[nt][1] = kLowest;
+    for (int i = t.begin; i < t.end; ++i)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        const float4 x = *scores_of(i, nt);
+        float s[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Row& row = rows[8 * nt + 2 * c + j % 2];
+          const int distance = row.last - (t.position + 16 * i + token_of(g) + j / 2 * 8);
+          if (p.softcap > 0.0f) s[j] = p.softcap * tanhf(s[j] / p.softcap) * kLog2e;
+          if (p.alibi_slopes) s[j] -= row.slope * static_cast<float>(distance);
+          if (distance < 0 || (p.window_left >= 0 && distance > p.window_left)) s[j] = -INFINITY;
+          top[nt][j % 2] = fmaxf(top[nt][j % 2], s[j]);
+        }
+        *scores_of(i, nt) = make_float4(s[0], s[1], s[2], s[3]);
+      }
   }
 
   template <bool Bf16>
@@ -456,30 +519,33 @@ struct Warp {
       ptx::mma_m16n8k16_f16(d, a, b, d);
   }
 
-  __device__ void scores(Format format, const Tokens& t, float (&x)[NT][4]) const {
-    bool rotated = true;
-    if constexpr (Packed) {
+  __device__ void scores(Format format, const Tokens& t, float (&top)[NT][2]) const {
+    const bool rotated = Packed && !is_rows(format) && format != Format::kivi2;
+    float add[NT][2];
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        add[nt][i] = rotated ? rows[8 * nt + 2 * c + i].q_mu : 0.0f;
+        top[nt][i] = kLowest;
+      }
+    if (format == Format::bf16) {
+      row_scores<true>(t, add, top);
+    } else if (!Packed || format == Format::f16) {
+      row_scores<false>(t, add, top);
+    } else if constexpr (Packed) {
       if (format == Format::u2)
-        code_scores<2>(t, x);
+        code_scores<2>(t, add, top);
       else if (format == Format::u4)
-        code_scores<4>(t, x);
+        code_scores<4>(t, add, top);
       else if (format == Format::u3)
-        code_scores<3>(t, x);
+        code_scores<3>(t, add, top);
       else if (format == Format::u8)
-        code_scores<8>(t, x);
+        code_scores<8>(t, add, top);
       else
-        rotated = false;
+        kivi2_scores(t, add, top);
     }
-    if (!Packed || !rotated) {
-      rotated = false;
-      if (format == Format::bf16)
-        row_scores<true>(t, x);
-      else if (!Packed || format == Format::f16)
-        row_scores<false>(t, x);
-      else
-        kivi2_scores(t, x);
-    }
-    finish_scores(t, rotated, x);
+    if (p.softcap > 0.0f || p.alibi_slopes || t.edge) finish_scores(t, top);
   }
 
   // B operands of steps 2 n and 2 n + 1.
@@ -490,9 +556,10 @@ struct Warp {
   }
 
   template <bool Bf16>
-  __device__ void row_scores(const Tokens& t, float (&x)[NT][4]) const {
+  __device__ void row_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
     // matrices 0 1: tokens 0-7 and 8-15 of channels 0-7; 2 3: of channels 8-15
     const uint32_t at = ptx::smem_u32(t.k) + (token_of(lane % 8) + (lane & 8)) * T::kPitch + (lane >> 4) * 16;
+    float x[NT][4] = {};
 #pragma unroll
     for (int n = 0; n < T::kStepPairs; ++n) {
       uint32_t q[NT][2][2];
@@ -506,6 +573,7 @@ struct Warp {
         for (int nt = 0; nt < NT; ++nt) mma<Bf16>(x[nt], a, q[nt][i]);
       }
     }
+    keep_scores(0, x, add, top);
   }
 
   // 64 channels, four steps: operands of this lane's two tokens as unpack() leaves them.
@@ -525,95 +593,82 @@ struct Warp {
 
   // Lane c reads the c-th quarter of each scale group's channels, of tokens g and g + 8.
   template <int B>
-  __device__ void code_scores(const Tokens& t, float (&x)[NT][4]) const {
+  __device__ void code_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
     constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
     constexpr int bytes = T::kGroup / 4 * bits / 8, words = bytes / 4, high_bytes = T::kGroup / 32;
     const uint8_t* high = t.k + t.count * token_bytes;
     const uint8_t* scales = high + (B == 3 ? t.count * (D / 8) : 0);
-    const int a = t.first + token_of(g), b = a + 8;
+#pragma unroll 1
+    for (int i = t.begin; i < t.end; ++i) {
+      const int a = 16 * i + token_of(g), b = a + 8;
+      float x[NT][4] = {};
 #pragma unroll
-    for (int group = 0; group < T::kGroups; ++group) {
-      uint32_t wa[words], wb[words], ha[1] = {}, hb[1] = {};
-      const uint8_t* at = t.k + (4 * group + c) * bytes;
-      load_words<bytes>(at + a * token_bytes, wa);
-      load_words<bytes>(at + b * token_bytes, wb);
-      if constexpr (B == 3) {
-        load_words<high_bytes>(high + a * (D / 8) + (4 * group + c) * high_bytes, ha);
-        load_words<high_bytes>(high + b * (D / 8) + (4 * group + c) * high_bytes, hb);
+      for (int group = 0; group < T::kGroups; ++group) {
+        uint32_t wa[words], wb[words], ha[1] = {}, hb[1] = {};
+        const uint8_t* at = t.k + (4 * group + c) * bytes;
+        load_words<bytes>(at + a * token_bytes, wa);
+        load_words<bytes>(at + b * token_bytes, wb);
+        if constexpr (B == 3) {
+          load_words<high_bytes>(high + a * (D / 8) + (4 * group + c) * high_bytes, ha);
+          load_words<high_bytes>(high + b * (D / 8) + (4 * group + c) * high_bytes, hb);
+        }
+        float part[NT][4] = {};
+#pragma unroll
+        for (int n = 0; n < T::kGroup / 64; ++n) {
+          uint32_t xa[8], xb[8];
+          unpack<B>(pair_channels<B>(wa, ha[0], n), bias, xa);
+          unpack<B>(pair_channels<B>(wb, hb[0], n), bias, xb);
+          channel_scores(kQueriesRotated, group * (T::kGroup / 16) + 4 * n, xa, xb, part);
+        }
+        const float s[2] = {half_at(scales, a * T::kGroups + group), half_at(scales, b * T::kGroups + group)};
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[nt][j] += part[nt][j] * s[j / 2];
       }
-      float part[NT][4] = {};
-#pragma unroll
-      for (int n = 0; n < T::kGroup / 64; ++n) {
-        uint32_t xa[8], xb[8];
-        unpack<B>(pair_channels<B>(wa, ha[0], n), xa);
-        unpack<B>(pair_channels<B>(wb, hb[0], n), xb);
-        channel_scores(kQueriesRotated, group * (T::kGroup / 16) + 4 * n, xa, xb, part);
-      }
-      const float s[2] = {half_at(scales, a * T::kGroups + group), half_at(scales, b * T::kGroups + group)};
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[nt][i] += part[nt][i] * s[i / 2];
+      keep_scores(i, x, add, top);
     }
   }
 
   // On half of every key, because zero + 3 scale, rounded up, may exceed what fp16 holds.
-  __device__ void kivi2_scores(const Tokens& t, float (&x)[NT][4]) const {
+  __device__ void kivi2_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
     constexpr int bytes = T::kGroup / 16;
     const uint8_t* scales = t.k + t.count * (D / 4);
-    const int a = t.first + token_of(g), b = a + 8;
+#pragma unroll 1
+    for (int i = t.begin; i < t.end; ++i) {
+      const int a = 16 * i + token_of(g), b = a + 8;
+      float x[NT][4] = {};
 #pragma unroll
-    for (int group = 0; group < T::kGroups; ++group) {
-      uint32_t wa[bytes / 4], wb[bytes / 4];
-      const uint8_t* at = t.k + (4 * group + c) * bytes;
-      load_words<bytes>(at + a * (D / 4), wa);
-      load_words<bytes>(at + b * (D / 4), wb);
+      for (int group = 0; group < T::kGroups; ++group) {
+        uint32_t wa[bytes / 4], wb[bytes / 4];
+        const uint8_t* at = t.k + (4 * group + c) * bytes;
+        load_words<bytes>(at + a * (D / 4), wa);
+        load_words<bytes>(at + b * (D / 4), wb);
 #pragma unroll
-      for (int n = 0; n < T::kGroup / 64; ++n) {
-        const uint8_t* affine = scales + (group * T::kGroup + c * (T::kGroup / 4) + 16 * n) * 2;
-        uint32_t scale[8], zero[8], xa[8], xb[8];
-        load_words<32>(affine, scale);
-        load_words<32>(affine + D * 2, zero);
-        unpack<2, true>(pair_channels<2>(wa, 0, n), xa);
-        unpack<2, true>(pair_channels<2>(wb, 0, n), xb);
+        for (int n = 0; n < T::kGroup / 64; ++n) {
+          const uint8_t* affine = scales + (group * T::kGroup + c * (T::kGroup / 4) + 16 * n) * 2;
+          uint32_t scale[8], zero[8], xa[8], xb[8];
+          load_words<32>(affine, scale);
+          load_words<32>(affine + D * 2, zero);
+          unpack<2, true>(pair_channels<2>(wa, 0, n), bias, xa);
+          unpack<2, true>(pair_channels<2>(wb, 0, n), bias, xb);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const uint32_t both = i % 2 == 0 ? 0x5410 : 0x7632;  // channels i and i + 8
-          const uint32_t s = __byte_perm(scale[i / 2], scale[i / 2 + 4], both);
-          const uint32_t z = fma2(__byte_perm(zero[i / 2], zero[i / 2 + 4], both), kHalves, 0u);
-          xa[i] = fma2(xa[i], s, z);
-          xb[i] = fma2(xb[i], s, z);
+          for (int j = 0; j < 8; ++j) {
+            const uint32_t both = j % 2 == 0 ? 0x5410 : 0x7632;  // channels j and j + 8
+            const uint32_t s = __byte_perm(scale[j / 2], scale[j / 2 + 4], both);
+            const uint32_t z = fma2(__byte_perm(zero[j / 2], zero[j / 2 + 4], both), kHalves, 0u);
+            xa[j] = fma2(xa[j], s, z);
+            xb[j] = fma2(xb[j], s, z);
+          }
+          channel_scores(kQueriesPlain, group * (T::kGroup / 16) + 4 * n, xa, xb, x);
         }
-        channel_scores(kQueriesPlain, group * (T::kGroup / 16) + 4 * n, xa, xb, x);
       }
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[nt][j] *= 2.0f;
+      keep_scores(i, x, add, top);
     }
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[nt][i] *= 2.0f;
-  }
-
-  // Products -> scores in units of log 2.
-  __device__ void finish_scores(const Tokens& t, bool rotated, float (&x)[NT][4]) const {
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[nt][i] *= q_scale[nt][i % 2];
-    const bool centred = rotated && p.transform.centre;
-    if (!(centred || p.softcap > 0.0f || p.alibi_slopes || t.edge)) return;
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Row& row = rows[8 * nt + 2 * c + i % 2];
-        const int distance = row.last - (t.position + token_of(g) + i / 2 * 8);
-        float s = x[nt][i];
-        if (centred) s += row.q_mu;
-        if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap) * kLog2e;
-        if (p.alibi_slopes) s -= row.slope * static_cast<float>(distance);
-        const bool seen = distance >= 0 && (p.window_left < 0 || distance <= p.window_left);
-        x[nt][i] = seen ? s : -INFINITY;
-      }
   }
 
   // ---- online softmax
@@ -633,54 +688,61 @@ struct Warp {
     return x;
   }
 
-  // Scores -> weights exp2(x - m). The maximum is looked for only when a score exceeds it, which soon is rare.
-  __device__ void softmax(float (&x)[NT][4]) {
+  // Soon the maximum is rarely exceeded, and nothing is to be done.
+  __device__ void raise_maximum(const float (&top)[NT][2]) {
     bool above = false;
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) above |= fmaxf(x[nt][i], x[nt][i + 2]) > m[nt][i];
-    if (__any_sync(kWholeWarp, above)) {
-      float f[NT][2];
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float top = fmaxf(m[nt][i], max_over_tokens(fmaxf(x[nt][i], x[nt][i + 2])));
-          f[nt][i] = ptx::ex2(m[nt][i] - top);
-          m[nt][i] = top;
-          l[nt][i] *= f[nt][i];
-        }
-      scale_acc(f);
-    }
+    for (int nt = 0; nt < NT; ++nt) above |= top[nt][0] > m[nt][0] || top[nt][1] > m[nt][1];
+    if (!__any_sync(kWholeWarp, above)) return;
+    float f[NT][2];
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[nt][i] = ptx::ex2(x[nt][i] - m[nt][i % 2]);
-        l[nt][i % 2] += x[nt][i];
+      for (int i = 0; i < 2; ++i) {
+        const float to = fmaxf(m[nt][i], max_over_tokens(top[nt][i]));
+        f[nt][i] = ptx::ex2(m[nt][i] - to);
+        m[nt][i] = to;
+        l[nt][i] *= f[nt][i];
       }
+    scale_acc(f);
+  }
+
+  // Weights exp2(score - m) of tile i.
+  __device__ void weights_of(int i, float (&w)[NT][4]) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+      const float4 x = *scores_of(i, nt);
+      w[nt][0] = ptx::ex2(x.x - m[nt][0]);
+      w[nt][1] = ptx::ex2(x.y - m[nt][1]);
+      w[nt][2] = ptx::ex2(x.z - m[nt][0]);
+      w[nt][3] = ptx::ex2(x.w - m[nt][1]);
+      l[nt][0] += w[nt][0] + w[nt][2];
+      l[nt][1] += w[nt][1] + w[nt][3];
+    }
   }
 
   // ---- sums over V
 
-  __device__ void values(Format format, const Tokens& t, const float (&w)[NT][4]) {
-    if constexpr (Packed) {
-      const int to = is_rows(format) ? kRowBasis : format == Format::kivi2 ? kPlainBasis : kRotatedBasis;
-      if (basis != to) {
-        if (basis != kNoBasis) flush();
-        basis = to;
-      }
-      if (format == Format::u2) return code_values<2>(t, w);
-      if (format == Format::u4) return code_values<4>(t, w);
-      if (format == Format::u3) return code_values<3>(t, w);
-      if (format == Format::u8) return code_values<8>(t, w);
-      if (format == Format::kivi2) return kivi2_values(t, w);
-    } else {
-      basis = kRowBasis;
+  __device__ void values(Format format, const Tokens& t) {
+    const int to = is_rows(format) ? kRowBasis : format == Format::kivi2 ? kPlainBasis : kRotatedBasis;
+    if (Packed && basis != to && basis != kNoBasis) flush();
+    basis = to;
+    if (format == Format::bf16) {
+      row_values<true>(t);
+    } else if (!Packed || format == Format::f16) {
+      row_values<false>(t);
+    } else if constexpr (Packed) {
+      if (format == Format::kivi2) return kivi2_values(t);
+      raise_factor(t, format);
+      if (format == Format::u2)
+        code_values<2>(t);
+      else if (format == Format::u4)
+        code_values<4>(t);
+      else if (format == Format::u3)
+        code_values<3>(t);
+      else
+        code_values<8>(t);
     }
-    if (format == Format::bf16) return row_values<true>(t, w);
-    row_values<false>(t, w);
   }
 
   // Weights -> B operands: (tokens 2 c and 2 c + 1, row g), (the same + 8).
@@ -696,8 +758,10 @@ struct Warp {
   }
 
   template <bool Bf16>
-  __device__ void row_values(const Tokens& t, const float (&w)[NT][4]) {
+  __device__ void row_values(const Tokens& t) {
+    float w[NT][4];
     uint32_t b[NT][2];
+    weights_of(0, w);
     operands<Bf16>(w, b);
     // matrices 0 1: channels 0-7 and 8-15 of tokens 0-7; 2 3: of tokens 8-15
     const uint32_t at = ptx::smem_u32(t.v) + (token_of(lane % 8) + (lane >> 4) * 8) * T::kPitch + (lane & 8) * 2;
@@ -723,102 +787,125 @@ struct Warp {
 
   // Token i = 0 ... 3 of this lane in the B operands' order.
   __device__ int value_token(int i) const { return token_of(2 * c + i % 2) + i / 2 * 8; }
-  __device__ bool exists(int position) const { return position >= seg.first_token && position < seg.len; }
+
+  // Numbers of tokens that are not there may be anything; as scales of V they become 0. [count][n] fp16 numbers.
+  __device__ void clear_unseen(const Tokens& t, uint8_t* numbers, int n) const {
+    for (int i = lane; i < t.count * n; i += 32) {
+      const int position = t.position + i / n;
+      if (position < seg.first_token || position >= seg.len) reinterpret_cast<uint16_t*>(numbers)[i] = 0;
+    }
+    __syncwarp();
+  }
+
+  // fp16 holds weight * scale * v_factor: that keeps the largest scale so far between 2^14 and 2^15, so that nothing
+  // overflows and what is down to 2^-28 of it keeps all its bits.
+  __device__ void raise_factor(const Tokens& t, Format format) {
+    const int bits = format == Format::u2 ? 2 : format == Format::u3 ? 3 : format == Format::u4 ? 4 : 8;
+    uint8_t* scales = t.v + t.count * (D * bits / 8);
+    if (t.edge) clear_unseen(t, scales, T::kGroups);
+    float top = 0.0f;
+    for (int i = lane; i < t.count * T::kGroups; i += 32) top = fmaxf(top, half_at(scales, i));
+    if (!__any_sync(kWholeWarp, top * v_factor >= 32768.0f)) return;
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2) top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, h));
+    top = fminf(top, kMaxScale);  // Inf may stay Inf
+    const float factor = bits_float((127u + 14u + 127u - (float_bits(top) >> 23)) << 23);
+    float f[NT][2];
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) f[nt][0] = f[nt][1] = factor / v_factor;
+    scale_acc(f);
+    v_factor = factor;
+  }
 
   // Lane g reads the g-th eighth of each scale group's channels, of its four tokens.
   template <int B>
-  __device__ void code_values(const Tokens& t, const float (&weight)[NT][4]) {
+  __device__ void code_values(const Tokens& t) {
     constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
     constexpr int bytes = T::kGroup / 8 * bits / 8, words = bytes < 4 ? 1 : bytes / 4, high_bytes = T::kGroup / 64;
     const uint8_t* high = t.v + t.count * token_bytes;
     const uint8_t* scales = high + (B == 3 ? t.count * (D / 8) : 0);
+#pragma unroll 1
+    for (int i = t.begin; i < t.end; ++i) {
+      float weight[NT][4];
+      weights_of(i, weight);
 #pragma unroll
-    for (int group = 0; group < T::kGroups; ++group) {
-      uint32_t b[NT][2];
-      scaled_operands(t, scales, group, weight, b);
-      uint32_t w[4][words], h[4][1] = {};
+      for (int group = 0; group < T::kGroups; ++group) {
+        float w[NT][4];
+        const int a = (16 * i + token_of(g)) * T::kGroups + group;
+        const float s[2] = {half_at(scales, a) * v_factor, half_at(scales, a + 8 * T::kGroups) * v_factor};
+        bool nan = false;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = t.first + value_token(i);
-        load_words<bytes>(t.v + token * token_bytes + (8 * group + g) * bytes, w[i]);
-        if constexpr (B == 3) load_words<high_bytes>(high + token * (D / 8) + (8 * group + g) * high_bytes, h[i]);
-      }
+        for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-      for (int n = 0; n < T::kGroup / 64; ++n) {
-        uint32_t lo[8], hi[8];
-        unpack<B>(pair_tokens<B>(w[0], h[0][0], w[1], h[1][0], n), lo);
-        unpack<B>(pair_tokens<B>(w[2], h[2][0], w[3], h[3][0], n), hi);
-        channel_values(group * (T::kGroup / 16) + 4 * n, lo, hi, b);
+          for (int j = 0; j < 4; ++j) {
+            w[nt][j] = weight[nt][j] * s[j / 2];
+            nan |= w[nt][j] != w[nt][j];
+          }
+        if (t.edge && __any_sync(kWholeWarp, nan)) {  // a row that does not see a token does not see its NaN
+#pragma unroll
+          for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) w[nt][j] = weight[nt][j] == 0.0f ? 0.0f : w[nt][j];
+        }
+        uint32_t b[NT][2], x[4][words], h[4][1] = {};
+        operands<false>(w, b);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int token = 16 * i + value_token(j);
+          load_words<bytes>(t.v + token * token_bytes + (8 * group + g) * bytes, x[j]);
+          if constexpr (B == 3) load_words<high_bytes>(high + token * (D / 8) + (8 * group + g) * high_bytes, h[j]);
+        }
+#pragma unroll
+        for (int n = 0; n < T::kGroup / 64; ++n) {
+          uint32_t lo[8], hi[8];
+          unpack<B>(pair_tokens<B>(x[0], h[0][0], x[1], h[1][0], n), bias, lo);
+          unpack<B>(pair_tokens<B>(x[2], h[2][0], x[3], h[3][0], n), bias, hi);
+          channel_values(group * (T::kGroup / 16) + 4 * n, lo, hi, b);
+        }
       }
     }
-  }
-
-  // Weights times the scales of V, in fp16: v_factor keeps the largest scale so far between 2^14 and 2^15, so that nothing
-  // overflows and what is down to 2^-28 of it keeps all its bits.
-  __device__ void scaled_operands(const Tokens& t, const uint8_t* scales, int group, const float (&weight)[NT][4],
-                                  uint32_t (&b)[NT][2]) {
-    float s[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = token_of(g) + i * 8;
-      s[i] = half_at(scales, (t.first + token) * T::kGroups + group);
-      if (t.edge && !exists(t.position + token)) s[i] = 0.0f;
-    }
-    if (__any_sync(kWholeWarp, fmaxf(s[0], s[1]) * v_factor >= 32768.0f)) {
-      const float top = fminf(max_over_tokens(fmaxf(s[0], s[1])), kMaxScale);  // Inf may stay Inf
-      const float factor = bits_float((127u + 14u + 127u - (float_bits(top) >> 23)) << 23);
-      float f[NT][2];
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) f[nt][0] = f[nt][1] = factor / v_factor;
-      scale_acc(f);
-      v_factor = factor;
-    }
-    float w[NT][4];
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        w[nt][i] = weight[nt][i] * (s[i / 2] * v_factor);
-        if (t.edge && weight[nt][i] == 0.0f) w[nt][i] = 0.0f;  // a row that does not see the token does not see its NaN
-      }
-    operands<false>(w, b);
   }
 
   // On half of every value, as kivi2_scores, and twice the weights.
-  __device__ void kivi2_values(const Tokens& t, const float (&weight)[NT][4]) {
+  __device__ void kivi2_values(const Tokens& t) {
     constexpr int bytes = T::kGroup / 32, groups = D / 32;
-    const uint8_t* scales = t.v + t.count * (D / 4);
-    const uint8_t* zeros = scales + t.count * (groups * 2);
-    float twice_weight[NT][4];
-    uint32_t b[NT][2];
+    uint8_t* scales = t.v + t.count * (D / 4);
+    uint8_t* zeros = scales + t.count * (groups * 2);
+    if (t.edge) clear_unseen(t, scales, groups);
+    if (t.edge) clear_unseen(t, zeros, groups);
+#pragma unroll 1
+    for (int i = t.begin; i < t.end; ++i) {
+      float w[NT][4];
+      weights_of(i, w);
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
+      for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) twice_weight[nt][i] = 2.0f * weight[nt][i];
-    operands<false>(twice_weight, b);
+        for (int j = 0; j < 4; ++j) w[nt][j] *= 2.0f;
+      uint32_t b[NT][2];
+      operands<false>(w, b);
 #pragma unroll
-    for (int group = 0; group < T::kGroups; ++group) {
-      const int of_32 = group * (T::kGroup / 32) + g * (T::kGroup / 8) / 32;
-      uint32_t w[4][1], s[4], z[4];
+      for (int group = 0; group < T::kGroups; ++group) {
+        const int of_32 = group * (T::kGroup / 32) + g * (T::kGroup / 8) / 32;
+        uint32_t x[4][1], s[4], z[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = t.first + value_token(i);
-        const bool there = !t.edge || exists(t.position + value_token(i));
-        load_words<bytes>(t.v + token * (D / 4) + (8 * group + g) * bytes, w[i]);
-        s[i] = there ? reinterpret_cast<const uint16_t*>(scales)[token * groups + of_32] : 0u;
-        z[i] = there ? reinterpret_cast<const uint16_t*>(zeros)[token * groups + of_32] : 0u;
-      }
-#pragma unroll
-      for (int n = 0; n < T::kGroup / 64; ++n) {
-        uint32_t x[2][8];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          unpack<2, true>(pair_tokens<2>(w[2 * i], 0, w[2 * i + 1], 0, n), x[i]);
-          const uint32_t zero = fma2(z[2 * i] | z[2 * i + 1] << 16, kHalves, 0u);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) x[i][j] = fma2(x[i][j], s[2 * i] | s[2 * i + 1] << 16, zero);
+        for (int j = 0; j < 4; ++j) {
+          const int token = 16 * i + value_token(j);
+          load_words<bytes>(t.v + token * (D / 4) + (8 * group + g) * bytes, x[j]);
+          s[j] = reinterpret_cast<const uint16_t*>(scales)[token * groups + of_32];
+          z[j] = reinterpret_cast<const uint16_t*>(zeros)[token * groups + of_32];
         }
-        channel_values(group * (T::kGroup / 16) + 4 * n, x[0], x[1], b);
+#pragma unroll
+        for (int n = 0; n < T::kGroup / 64; ++n) {
+          uint32_t v[2][8];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            unpack<2, true>(pair_tokens<2>(x[2 * h], 0, x[2 * h + 1], 0, n), bias, v[h]);
+            const uint32_t zero = fma2(z[2 * h] | z[2 * h + 1] << 16, kHalves, 0u);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[h][j] = fma2(v[h][j], s[2 * h] | s[2 * h + 1] << 16, zero);
+          }
+          channel_values(group * (T::kGroup / 16) + 4 * n, v[0], v[1], b);
+        }
       }
     }
   }
@@ -978,15 +1065,16 @@ __device__ __forceinline__ void run_segment(const Params& p, const Segment& seg)
   KK_SHARED(Row, rows, [T::kRows]);
   KK_SHARED(State, states, [kMaxWarps * T::kRows]);
   const int warp = threadIdx.x / 32;
-  const auto sums_of = [&](int w) {
-    return reinterpret_cast<float*>(smem + p.plan.stages_offset + w * p.plan.warp_bytes + p.plan.sums_offset);
-  };
+  KK_SHARED(uint32_t, bias, [1]);
+  const auto own = [&](int w) { return smem + p.plan.warps_offset + w * p.plan.warp_bytes; };
+  const auto sums_of = [&](int w) { return reinterpret_cast<float*>(own(w) + p.plan.sums_offset); };
 
   __syncthreads();  // the previous segment has been written
   make_queries<D, NT, Packed>(p, seg, smem, rows);
+  if (threadIdx.x == 0) bias[0] = p.plan.bias;
   __syncthreads();
-  Warp<D, NT, Packed>(p, seg, smem, rows, smem + p.plan.stages_offset + warp * p.plan.warp_bytes, sums_of(warp),
-                      states + warp * T::kRows)
+  Warp<D, NT, Packed>(p, seg, smem, rows, own(warp) + p.plan.stages_offset, reinterpret_cast<float4*>(own(warp)),
+                      sums_of(warp), states + warp * T::kRows, bias[0])
       .run();
   __syncthreads();
 
@@ -1031,51 +1119,49 @@ template <int D, int NT, bool Packed>
 __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerSm<D, NT>)
     attention_kernel(const __grid_constant__ Params p) {
   const int64_t heads = p.plan.row_tiles * p.Hkv;
-  const int64_t slot_size = slot_floats(D, 8 * NT);
-  Segment seg;
-  const auto at_item = [&](int64_t b, int64_t item, const Visible& v, int64_t first, int64_t count) {
+  const bool fixed = p.plan.splits > 0;
+  const Shares shares(p, fixed ? 0 : count_units(p, 0).all * heads);
+  int64_t at = blockIdx.x, step = gridDim.x, end = p.B * heads * p.plan.splits;  // intervals
+  Place place{};
+  if (!fixed) {  // units
+    if (blockIdx.x >= shares.n) return;
+    at = shares.begin(blockIdx.x);
+    end = shares.begin(blockIdx.x + 1);
+    place = find_unit(p, at, heads);
+  }
+  for (const int64_t begin = at; at < end; at += step) {
+    const int64_t b = fixed ? at / p.plan.splits / heads : place.b;
+    const Visible v = visible(p, b);
+    int64_t item, first, count;
+    if (fixed) {
+      const Splits splits(p, v);
+      const int64_t split = at % p.plan.splits;
+      if (split >= splits.count) continue;
+      item = at / p.plan.splits % heads;
+      first = splits.begin(split);
+      count = splits.begin(split + 1) - first;
+    } else {
+      const int64_t in_b = at - place.before;
+      if (in_b >= v.units * heads) {
+        place = {b + 1, place.before + v.units * heads};
+        step = 0;
+        continue;
+      }
+      item = in_b / v.units;
+      first = in_b % v.units;
+      step = count = min(v.units - first, end - at);
+    }
+    const int64_t slot = fixed ? at : 2 * blockIdx.x + (at > begin);
+    Segment seg;
     seg.b = b;
     seg.tile = static_cast<int>(item / p.Hkv);
     seg.head = static_cast<int>(item % p.Hkv);
     seg.begin = v.first_unit + static_cast<int>(first);
     seg.end = seg.begin + static_cast<int>(count);
-    seg.len = v.len;
     seg.first_token = v.begin;
-  };
-
-  if (p.plan.splits) {
-    const int64_t all = p.B * heads * p.plan.splits;
-    for (int64_t i = blockIdx.x; i < all; i += gridDim.x) {
-      const int64_t item = i / p.plan.splits, b = item / heads, split = i % p.plan.splits;
-      const Visible v = visible(p, b);
-      const Splits s(p, v);
-      if (split >= s.count) continue;
-      const int64_t first = s.begin(split), end = s.begin(split + 1);
-      at_item(b, item % heads, v, first, end - first);
-      seg.slot = s.count == 1 ? nullptr : p.plan.partials + i * slot_size;
-      run_segment<D, NT, Packed>(p, seg);
-    }
-    return;
-  }
-
-  const Shares shares(p, count_units(p, 0).all * heads);
-  if (blockIdx.x >= shares.n) return;
-  int64_t at = shares.begin(blockIdx.x);
-  const int64_t begin = at, end = shares.begin(blockIdx.x + 1);
-  Place place = find_unit(p, at, heads);
-  while (at < end) {
-    const Visible v = visible(p, place.b);
-    const int64_t in_b = at - place.before;
-    if (in_b >= v.units * heads) {
-      place = {place.b + 1, place.before + v.units * heads};
-      continue;
-    }
-    const int64_t item = in_b / v.units, first = in_b % v.units;
-    const int64_t count = v.units - first < end - at ? v.units - first : end - at;
-    at_item(place.b, item, v, first, count);
-    seg.slot = count == v.units ? nullptr : p.plan.partials + (2 * blockIdx.x + (at > begin)) * slot_size;
+    seg.len = v.len;
+    seg.slot = count == v.units ? nullptr : p.plan.partials + slot * slot_floats(D, 8 * NT);
     run_segment<D, NT, Packed>(p, seg);
-    at += count;
   }
 }
 
@@ -1178,11 +1264,15 @@ template <int D, int NT>
 Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
   using T = Tile<D, NT>;
   Plan plan{};
+  plan.bias = kBias;
   plan.group = static_cast<int>(p.Hq / p.Hkv);
   plan.rows = static_cast<int>(p.Tq) * plan.group;
   plan.row_tiles = (plan.rows + T::kRows - 1) / T::kRows;
   for (plan.unit = 64; plan.unit > 16 && (p.page_size % plan.unit || p.split_tokens % plan.unit);) plan.unit /= 2;
   plan.splits = p.split_tokens > 0 ? (p.max_pages * p.page_size + p.split_tokens - 1) / p.split_tokens : 0;
+
+  for (plan.page_shift = 31; int64_t(1) << (plan.page_shift - 31) < p.page_size;) ++plan.page_shift;
+  plan.page_magic = static_cast<uint32_t>(((uint64_t(1) << plan.page_shift) + p.page_size - 1) / p.page_size);
 
   bool needed[kQueryKinds] = {};
   int k_bytes = 0, v_bytes = 0, rotated = 0;
@@ -1208,7 +1298,8 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
     plan.queries[i] = needed[i] ? offset : -1;
     offset += needed[i] ? T::kQueryBytes : 0;
   }
-  plan.stages_offset = offset;
+  plan.warps_offset = offset;
+  plan.stages_offset = plan.unit / 16 * NT * 32 * int(sizeof(float4));
 
   // As many blocks on an SM as registers allow with 3 or 4 stages, else fewer; at last fewer warps.
   const int block_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device);
@@ -1218,9 +1309,9 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
     const int sums = T::kRows * T::kSumPitch * 4;
     plan.warps = warps;
     plan.stages = stages;
-    plan.sums_offset = plan.mixed_basis ? stages * plan.stage_bytes : 0;
-    plan.warp_bytes = plan.mixed_basis ? plan.sums_offset + sums : std::max(stages * plan.stage_bytes, sums);
-    plan.smem = plan.stages_offset + warps * plan.warp_bytes;
+    plan.sums_offset = plan.stages_offset + (plan.mixed_basis ? stages * plan.stage_bytes : 0);
+    plan.warp_bytes = std::max(plan.stages_offset + stages * plan.stage_bytes, plan.sums_offset + sums);
+    plan.smem = plan.warps_offset + warps * plan.warp_bytes;
     plan.blocks = blocks * device_attribute(cudaDevAttrMultiProcessorCount, exec.device);
     return plan.smem <= std::min(block_limit - kReserved, sm_limit / blocks - kReserved);
   };
