@@ -37,8 +37,8 @@ void set_options(const std::string& threads, const std::string& blocks, const st
   simt::Options o;
   o.threads = order("threads", threads);
   o.blocks = order("blocks", blocks);
-  o.copies = one_of<Copies>("copies", copies,
-                            {{"late", Copies::late}, {"early", Copies::early}, {"random", Copies::random}});
+  o.copies =
+      one_of<Copies>("copies", copies, {{"late", Copies::late}, {"early", Copies::early}, {"random", Copies::random}});
   o.seed = seed;
   o.resident = resident;
   o.preempt = preempt;

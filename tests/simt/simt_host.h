@@ -16,11 +16,11 @@ struct Options {
   Order blocks = Order::ascending;
   Copies copies = Copies::late;
   uint64_t seed = 1;
-  int resident = 1;          // blocks that run interleaved, at most 4
-  int preempt = 0;           // n: one memory access in n lets another thread run; 0: never. Check build only
-  int sms = 3;               // cudaDevAttrMultiProcessorCount
-  int smem = 100 * 1024;     // cudaDevAttrMaxSharedMemoryPerBlockOptin
-  int max_reports = 8;       // a launch is abandoned at the first report that makes going on pointless, or at this many
+  int resident = 1;       // blocks that run interleaved, at most 4
+  int preempt = 0;        // n: one memory access in n lets another thread run; 0: never. Check build only
+  int sms = 3;            // cudaDevAttrMultiProcessorCount
+  int smem = 100 * 1024;  // cudaDevAttrMaxSharedMemoryPerBlockOptin
+  int max_reports = 8;    // a launch is abandoned at the first report that makes going on pointless, or at this many
 };
 Options& options();
 

@@ -1,0 +1,47 @@
+// The functions of the CUDA runtime that launchers call. The module is linked with -Bsymbolic: these, not a loaded libcudart's.
+#include "runtime.h"
+
+extern "C" {
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t e = cudaPeekAtLastError();
+  simt::launch_failed = false;
+  return e;
+}
+cudaError_t cudaPeekAtLastError() { return simt::launch_failed ? cudaErrorLaunchFailure : cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : simt::launch_error.c_str(); }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  memset(p, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = simt::options().sms;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = simt::options().smem;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = simt::options().smem + 1024;  // 1 KiB per block is the system's
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = KK_SIMT_ARCH / 100;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = KK_SIMT_ARCH / 10 % 10;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // extern "C"
