@@ -359,6 +359,7 @@ struct Warp {
       raise_maximum(top);
       values(v_format, t);
     }
+    __syncwarp();  // the sums may lie over the stages
     flush();
   }
 
@@ -378,12 +379,14 @@ struct Warp {
 
   __device__ void copy(uint8_t* to, const uint8_t* from, int bytes) const {
     const uint32_t dst = ptx::smem_u32(to);
-    int i = lane * 16;
-    for (; i + 3 * 512 < bytes; i += 4 * 512)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) ptx::cp_async<16>(dst + i + j * 512, from + i + j * 512);
 #pragma unroll 1
-    for (; i < bytes; i += 512) ptx::cp_async<16>(dst + i, from + i);
+    for (int i = lane * 16; i < bytes; i += 4 * 512)
+#pragma unroll
+      for (int j = 0; j < 4 * 512; j += 512)
+        if (i + j < bytes) ptx::cp_async<16>(dst + i + j, from + i + j);
+  }
+  __device__ void copy_512(uint8_t* to, const uint8_t* from, int bytes) const {  // no more than that
+    if (lane * 16 < bytes) ptx::cp_async<16>(ptx::smem_u32(to) + lane * 16, from + lane * 16);
   }
 
   // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, because 0 * NaN is NaN.
@@ -416,7 +419,7 @@ struct Warp {
     }
     tokens(format == Format::u8 ? D : format == Format::u4 ? D / 2 : D / 4);
     if (format == Format::u3) tokens(D / 8);
-    tokens(T::kGroups * 2);
+    copy_512(to, side + token * (T::kGroups * 2), n * (T::kGroups * 2));
   }
 
   // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit. One commit group per call.
@@ -804,7 +807,10 @@ struct Warp {
     uint8_t* scales = t.v + t.count * (D * bits / 8);
     if (t.edge) clear_unseen(t, scales, T::kGroups);
     float top = 0.0f;
-    for (int i = lane; i < t.count * T::kGroups; i += 32) top = fmaxf(top, half_at(scales, i));
+    for (int i = 2 * lane; i < t.count * T::kGroups; i += 64) {
+      const float2 both = __half22float2(*reinterpret_cast<const __half2*>(scales + 2 * i));
+      top = fmaxf(top, fmaxf(both.x, both.y));
+    }
     if (!__any_sync(kWholeWarp, top * v_factor >= 32768.0f)) return;
 #pragma unroll
     for (int h = 1; h < 32; h *= 2) top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, h));
