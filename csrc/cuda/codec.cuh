@@ -48,7 +48,7 @@ inline void with_row_lanes(int64_t head_dim, F&& f) {
   });
 }
 
-// slot -> page and token in the page. A 64-bit division would cost as much as a third of all other work on a row.
+// slot -> page and token in the page. A 64-bit division is a call to 80 instructions, one of 32 bits takes 20.
 struct Slot {
   int64_t page, token;
 };

@@ -13,7 +13,7 @@ template <DType T>
 __global__ __launch_bounds__(kThreads) void merge_states_kernel(MergeStatesParams p, int lanes, bool vector) {
   using Element = std::conditional_t<T == DType::f32, float, uint16_t>;
   const int lane = threadIdx.x % lanes;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / lanes;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
   const bool active = row < p.N;  // all lanes of a warp fold
   const auto lse_of = [&](int64_t s) { return active ? p.lses[s * p.N + row] : -INFINITY; };
 

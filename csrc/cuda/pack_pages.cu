@@ -15,7 +15,7 @@ struct Args {
   uint32_t pages, heads;  // pages: pairs * heads
 };
 
-// Bytes per row of D = 128: 256 of bf16 in, 34 of u2 out.
+// Bound as write_kv is.
 template <int L>
 __global__ __launch_bounds__(kThreads) void pack_pages_kernel(__grid_constant__ const Args a, int first_side) {
   const PoolSide &src = a.src[first_side + blockIdx.y], &dst = a.dst[first_side + blockIdx.y];
@@ -30,7 +30,7 @@ __global__ __launch_bounds__(kThreads) void pack_pages_kernel(__grid_constant__ 
   encode<L>(dst, x, active, active ? to : 0, head, at.token);
 }
 
-// Keys become kivi2.
+// Keys become kivi2. Bound by decoding them twice; the second time they come from the cache.
 template <int L>
 __global__ __launch_bounds__(kThreads) void pack_kivi2_keys_kernel(__grid_constant__ const Args a) {
   constexpr int D = kPerLane * L, rows = kThreads / L;  // tokens in flight
@@ -99,7 +99,8 @@ void pack_pages(const PackPagesParams& p, const CudaExec& exec) {
   with_row_lanes(p.D, [&](auto L) {
     constexpr int per_block = kThreads / static_cast<int>(L);
     const int64_t blocks = (rows + per_block - 1) / per_block;
-    if (blocks >> 31) fail("pack_pages: pairs.size(0) * Hkv * page_size is too large for one launch on CUDA");
+    if (pages >> 31 || blocks >> 31)
+      fail("pack_pages: pairs.size(0) * Hkv * page_size is too large for one launch on CUDA");
     if (kivi2_keys)
       launch(pack_kivi2_keys_kernel<L.value>, dim3(static_cast<unsigned>(pages)), dim3(kThreads), 0, exec.stream, args);
     launch(pack_pages_kernel<L.value>, dim3(static_cast<unsigned>(blocks), kivi2_keys ? 1 : 2), dim3(kThreads), 0,
