@@ -23,7 +23,7 @@ struct Args {
 };
 
 // Two rows of D = 128 in a warp: 512 bytes of bf16 in, 68 of u2 out, and 490 instructions (counted, sm_90a). At 4 per
-// cycle these take three times as long as the bytes at an H100's 14.5 per cycle and SM. 16-bit pages are bound by bytes.
+// cycle these take three times as long as the bytes at an H100's 14.5 per cycle and SM. Bytes bound 16-bit pages.
 template <int L>
 __global__ __launch_bounds__(kThreads) void write_kv_kernel(__grid_constant__ const Args a) {
   const Source& source = a.source[blockIdx.y];
