@@ -1240,29 +1240,19 @@ bool any_packed(const QuantAttentionParams& p) {
 }
 
 void check_pools(const QuantAttentionParams& p) {
-  const auto refuse = [](const std::string& message) { fail(message.c_str()); };
-  const auto name = [](int i) { return "pool " + std::to_string(i); };
-  if (p.dtype != DType::f16 && p.dtype != DType::bf16) fail("q must be float16 or bfloat16 on CUDA, got float32");
+  const auto refuse = [](const std::string& message) { fail(("quant_attention: " + message).c_str()); };
+  if (p.dtype != DType::f16 && p.dtype != DType::bf16) refuse("q must be float16 or bfloat16 on CUDA, got float32");
   for (int i = 0; i < p.num_pools; ++i) {
     const Pool& pool = p.pools[i];
+    const std::string name = "pool " + std::to_string(i);
     if (p.dtype == DType::f16 && (pool.k_format == Format::bf16 || pool.v_format == Format::bf16))
-      refuse("q is float16, but " + name(i) +
+      refuse("q is float16, but " + name +
              " holds bf16, whose numbers may not fit float16; on CUDA use bfloat16 queries with it");
-    for (const Side side : {Side::K, Side::V}) {
-      const bool keys = side == Side::K;
-      const uint8_t* data = keys ? pool.k : pool.v;
-      if (!aligned16(data, keys ? pool.k_page : pool.v_page, keys ? pool.k_head : pool.v_head,
-                     keys ? pool.k_token : pool.v_token))
-        refuse(name(i) + (keys ? ", keys" : ", values") +
-               ": on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + " +
-               std::to_string(reinterpret_cast<uintptr_t>(data) % 16) + " and strides of " +
-               std::to_string(keys ? pool.k_page : pool.v_page) + ", " +
-               std::to_string(keys ? pool.k_head : pool.v_head) + " and " +
-               std::to_string(keys ? pool.k_token : pool.v_token) + " bytes");
-    }
+    require_aligned16("quant_attention: " + name + ", keys", pool.k, pool.k_page, pool.k_head, pool.k_token);
+    require_aligned16("quant_attention: " + name + ", values", pool.v, pool.v_page, pool.v_head, pool.v_token);
     if (p.page_size % 16 != 0 && (pool.k_format != p.pools[0].k_format || pool.v_format != p.pools[0].v_format))
       refuse("page_size " + std::to_string(p.page_size) +
-             " is not a multiple of 16, so on CUDA all pools must have one format; " + name(i) + " and pool 0 differ");
+             " is not a multiple of 16, so on CUDA all pools must have one format; pool 0 and " + name + " differ");
   }
 }
 
@@ -1325,7 +1315,7 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
     for (int blocks = kBlocksPerSm<D, NT>; blocks > 0; --blocks)
       for (int stages = 4; stages >= (blocks > 1 ? 3 : 2); --stages)
         if (fits(warps, blocks, stages)) return plan;
-  fail("head_dim is too large for the shared memory of this GPU");
+  fail("quant_attention: head_dim is too large for the shared memory of this GPU");
 }
 
 template <typename F>
