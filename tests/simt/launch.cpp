@@ -129,8 +129,7 @@ void launch_closure(void (*invoke)(void*), void* closure, size_t closure_bytes, 
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const FaultHandler faults;
-  launched =
-      Launch{next_options, function, invoke, closure, closure_bytes, grid, size, smem, 1, blocks_run, {}, 0, 0, false};
+  launched = Launch{next_options, function, invoke, closure, closure_bytes, grid, size, smem, blocks_run};
   forget_repeats();
   const uint64_t n_threads = uint64_t{size.x} * size.y * size.z, n_blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (n_threads == 0 || n_threads > kMaxThreads || size.z > 64 || n_blocks == 0 || n_blocks > 1u << 31 ||

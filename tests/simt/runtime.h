@@ -117,11 +117,12 @@ struct Launch {
   size_t closure_bytes;
   dim3 grid, size;
   size_t smem;
-  int resident;
   uint32_t first_block;  // serial
+  int resident = 1;
   std::vector<SharedVariable> variables;
-  size_t variables_begin, variables_end;
-  bool abandoned;
+  size_t variables_begin = 0, variables_end = 0;
+  int spins = 0;
+  bool abandoned = false;
 };
 
 extern Launch launched;

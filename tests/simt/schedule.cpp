@@ -7,6 +7,7 @@ Thread* current = nullptr;
 
 namespace {
 
+constexpr int kMaxSpins = 100000;
 void* launch_sp;
 uint64_t state;
 
@@ -99,8 +100,11 @@ void maybe_preempt() {
 }
 
 // Round and round through all threads of all blocks: any other order might give the turn back to one that spins, for ever.
-void spin() {
+void spin(Site site) {
   const Thread& me = *current;
+  if (++launched.spins > kMaxSpins)
+    report(site, Then::abandon, "%d __nanosleep in one launch: what it waits for never comes, by %s", kMaxSpins,
+           text(me).c_str());
   const int own = static_cast<int>(me.block - blocks);
   for (int i = 0; i <= launched.resident; ++i) {
     Block& b = blocks[(own + i) % launched.resident];

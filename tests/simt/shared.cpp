@@ -34,7 +34,6 @@ void map_shared_memory() {
           static_cast<Cell<Stamp>*>(mmap(nullptr, kSharedSpan * sizeof(Cell<Stamp>), PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
-  launched.variables.clear();
   launched.variables_begin = launched.variables_end = (launched.smem + kCanary + 1023) / 1024 * 1024;
 }
 

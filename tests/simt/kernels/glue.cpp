@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "selftest.h"
+#include "simt_host.h"
 
 namespace py = pybind11;
 using namespace selftest;
@@ -88,4 +89,9 @@ void bind_selftest(py::module_& m) {
   m.def("ldmatrix",
         [](bool transposed, A in, A out) { ldmatrix(transposed, data<uint16_t>(in), data<uint32_t>(out)); });
   m.def("movmatrix", [](A in, A out) { movmatrix(data<uint32_t>(in), data<uint32_t>(out)); });
+  // What csrc/bind does with the arguments of an op.
+  m.def("add_region", [](S name, A a, bool writable) {
+    simt::add_region(name.c_str(), a.data(), static_cast<size_t>(a.nbytes()), writable);
+  });
+  m.def("clear_regions", &simt::clear_regions);
 }

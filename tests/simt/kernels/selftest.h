@@ -6,11 +6,11 @@
   X(none)                                                                                                           \
   X(no_barrier_after_wait)                                                                                          \
   X(short_shuffle)                                                                                                  \
-  X(no_wait_for_first_tile) X(past_page_table) X(no_barrier_before_reuse) X(wide_store) X(half_mask)                \
-      X(divergent_barrier) X(mma_no_barrier) X(ldmatrix_order) X(mma_no_wait) X(accumulator_layout) X(row_past_end) \
-          X(scan_no_barrier) X(no_syncwarp) X(last_by_block_index) X(histogram_without_atomics) X(local_overrun)    \
-              X(early_return) X(dynamic_too_small) X(shared_overrun) X(misaligned) X(read_only) X(exited_lane)      \
-                  X(shift) X(split_syncwarp)
+  X(no_wait_for_first_tile)                                                                                         \
+  X(past_page_table) X(no_barrier_before_reuse) X(wide_store) X(half_mask) X(divergent_barrier) X(mma_no_barrier)   \
+      X(ldmatrix_order) X(mma_no_wait) X(accumulator_layout) X(row_past_end) X(scan_no_barrier) X(no_syncwarp)      \
+          X(last_by_block_index) X(histogram_without_atomics) X(local_overrun) X(early_return) X(dynamic_too_small) \
+              X(shared_overrun) X(misaligned) X(read_only) X(exited_lane) X(shift) X(split_syncwarp)
 
 namespace selftest {
 
