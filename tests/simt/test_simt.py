@@ -366,7 +366,7 @@ def test_a_failed_launch_is_over(simt: Any) -> None:
     out = output(simt, "out", (9, 32), np.int32)
     with pytest.raises(ValueError, match="reads lane 31, which has exited"):
         simt.lanes(out, "exited_lane")
-    assert (out[2:] == -1).all()
+    assert (out[5:] == -1).all()
     assert len(simt.errors()) == 1
     assert run(simt, lanes, "none") == (False, [])
 
