@@ -141,6 +141,9 @@ cuda: env-test nvcc
 	@KVKERNELS_LIBRARY=$(CURDIR)/build/cuda/libkvkernels.so KVKERNELS_BUILD_DIR=$(CURDIR)/build/cuda \
 	$(PY) -m pytest -q tests/test_layers.py tests/test_errors.py
 
+gpu-check:
+	@$(PY) tools/gpu_check.py $(ARGS)
+
 lint: env-lint
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .

@@ -1,0 +1,203 @@
+"""python -m bench.gpu [--quick] [--results [FILE]]
+
+Times the ops on a GPU against its copy bandwidth, measured in the same run, and against what else is installed. Caches
+are emptied before every call; the time is the GPU's own, between two events around one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kvkernels as kk
+from bench import build, peers, report
+from bench.pages import HKV, HQ, PAGE, D, attend, data, paged
+from kvkernels.ops import OPS
+
+FORMATS = ("bf16", "u8", "u4", "u3", "u2", "kivi2")
+
+
+class Row(NamedTuple):
+    case: str
+    what: str
+    seconds: float
+    nbytes: float  # that must be read or written
+
+
+class Clock:
+    def __init__(self, quick: bool):
+        self.rounds = 5 if quick else 40
+        # Larger than any L2; writing it also gives the host time to launch what is measured.
+        self.cold = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        """Seconds: the median."""
+        for _ in range(3):
+            run()
+        pairs = []
+        for _ in range(self.rounds):
+            self.cold.fill_(1)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+            begin.record()
+            run()
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize()
+        return median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+
+    def copy_rate(self) -> float:
+        """Bytes per second, read and written, of a 1 GiB copy."""
+        source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        return 2 * source.numel() / self(lambda: target.copy_(source))
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    from flash_attn import flash_attn_with_kvcache
+
+    nhd = [x.transpose(1, 2).contiguous() for x in (k, v)]
+    return lambda: flash_attn_with_kvcache(q.unsqueeze(1), *nhd)
+
+
+def flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    import flashinfer as fi
+
+    batch, heads, length, dim = k.shape
+    pages = length // PAGE
+    cache = torch.stack([x.transpose(1, 2).reshape(batch * pages, PAGE, heads, dim) for x in (k, v)], 1)
+    wrapper = fi.BatchDecodeWithPagedKVCacheWrapper(torch.empty(128 << 20, dtype=torch.uint8, device="cuda"), "NHD")
+    steps = torch.arange(batch + 1, dtype=torch.int32) * pages
+    full = torch.full((batch,), PAGE, dtype=torch.int32)
+    wrapper.plan(steps, torch.arange(batch * pages, dtype=torch.int32, device="cuda"), full, HQ, heads, dim, PAGE,
+                 q_data_type=q.dtype, kv_data_type=k.dtype)  # fmt: skip
+    return lambda: wrapper.run(q, cache)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention)
+    return lambda: compiled(q.unsqueeze(2), k, v, enable_gqa=True)
+
+
+PEERS: dict[str, Callable[[Tensor, Tensor, Tensor], Callable[[], object]]] = {
+    "torch SDPA": lambda q, k, v: partial(peers.sdpa, q, k, v),
+    "torch SDPA, grouped": lambda q, k, v: partial(peers.sdpa_grouped, q, k, v),
+    "torch matmul, grouped": lambda q, k, v: partial(peers.matmul, q, k, v),
+    "flex_attention": flex,
+    **({"flash-attn": flash_attn} if importlib.util.find_spec("flash_attn") else {}),
+    **({"FlashInfer": flashinfer} if importlib.util.find_spec("flashinfer") else {}),
+}
+
+
+def peer_time(clock: Clock, what: str, prepare: Callable[[], Callable[[], object]]) -> float | None:
+    try:
+        return clock(prepare())
+    except Exception as error:  # one that does not run on this machine is a line on the screen, not the end
+        print(f"{what} does not run: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
+        return None
+
+
+def attention(clock: Clock, quick: bool) -> Iterator[Row]:
+    for batch, length in ((2, 2048),) if quick else ((1, 1024), (1, 32768), (8, 8192), (8, 32768), (64, 4096)):
+        case = f"B{batch} L{length}"
+        torch.manual_seed(0)
+        k, v = (torch.randn(length, HKV, D, dtype=torch.bfloat16) for _ in "kv")
+        q = torch.randn(batch, HQ, D, dtype=torch.bfloat16, device="cuda")
+        # As many tokens as the mean of the ragged batch: what raggedness costs is the difference in % of copy.
+        ragged = {case: [length] * batch}
+        if batch > 1:
+            ragged[f"{case}, lengths L / (i + 1)"] = [max(PAGE, length // (i + 1)) for i in range(batch)]
+        for name in FORMATS:
+            kv, table = paged(k, v, name, batch)
+            kv, table = kv._replace(pools=(data(kv, 0).cuda(),)), table.cuda()
+            for label, lens in ragged.items():
+                run = partial(attend, q, kv, table, torch.tensor(lens, dtype=torch.int32, device="cuda"))
+                shape = {"formats": (name,), "lens": tuple(lens), "Hq": HQ, "Hkv": HKV, "D": D, "page_size": PAGE}
+                moved, _ = OPS["quant_attention"].cost({**shape, "Tq": 1, "dtype": "bfloat16"})
+                yield Row(label, name, clock(run), moved)
+        flat = [x.transpose(0, 1).expand(batch, -1, -1, -1).contiguous().cuda() for x in (k, v)]
+        for name, prepare in PEERS.items():
+            seconds = peer_time(clock, f"{case}: {name}", partial(prepare, q, *flat))
+            if seconds is not None:
+                yield Row(case, name, seconds, sum(x.nbytes for x in flat))
+
+
+def codec(clock: Clock, quick: bool) -> Iterator[Row]:
+    tokens = 1024 if quick else 65536
+    torch.manual_seed(0)
+    k, v = (torch.randn(tokens, HKV, D, dtype=torch.bfloat16, device="cuda") for _ in "kv")
+    slots = torch.randperm(tokens, device="cuda")
+    pairs = torch.stack([torch.randperm(tokens // PAGE, device="cuda") for _ in "sd"], 1).int()
+    for name in FORMATS:
+        kv = kk.PagedKV.empty(["bf16", name], tokens // PAGE, HKV, D, PAGE, device="cuda")
+        case = {"T": tokens, "N": tokens // PAGE, "Hkv": HKV, "D": D, "page_size": PAGE, "dtype": "bfloat16"}
+        runs: dict[str, Callable[[], object]] = {
+            "pack_pages": partial(kk.pack_pages, kv, 0, 1, pairs),
+            "read_kv": partial(kk.read_kv, kv, 1, slots, out=(k, v)),
+        }
+        if not kk.format(name).whole_pages:
+            runs["write_kv"] = partial(kk.write_kv, k, v, kv, 1, slots)
+        for op, run in runs.items():
+            moved, _ = OPS[op].cost({**case, "format": name, "src": "bf16", "dst": name})
+            yield Row(f"{op}, {tokens} tokens", name, clock(run), moved)
+    x = torch.randn(tokens * HKV, D, dtype=torch.bfloat16, device="cuda")
+    yield Row(f"fwht [{tokens * HKV}, {D}]", "bf16 in, out", clock(lambda: kk.fwht(x)), 2 * x.nbytes)
+    outs, lses = torch.randn(4, tokens, D, device="cuda").bfloat16(), torch.randn(4, tokens, device="cuda")
+    moved = outs.nbytes * 5 // 4 + lses.nbytes * 5 // 4
+    yield Row(f"merge_states [4, {tokens}, {D}]", "bf16", clock(lambda: kk.merge_states(outs, lses)), moved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small cases, few rounds: does it run?")
+    parser.add_argument("--results", type=Path, nargs="?", const=Path(), metavar="FILE",
+                        help="write a page (bench/results/<GPU>.md)")  # fmt: skip
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, "bench.gpu: torch sees no GPU\n")
+    if not json.loads(torch.ops.kvkernels.build_info())["cuda"]:
+        parser.exit(1, "bench.gpu: this build of kvkernels has no CUDA kernels\n")
+    gpu = torch.cuda.get_device_name()
+    clock = Clock(args.quick)
+    copy = clock.copy_rate()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=build.ROOT)
+    lines = [
+        f"# {gpu}",
+        "",
+        f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, "
+        f"`python -m bench.gpu{' --quick' if args.quick else ''}`. Hq {HQ}, Hkv {HKV}, D {D}, page {PAGE}, all in bf16. "
+        f"A copy of 1 GiB reads and writes {copy / 1e9:.0f} GB/s; % of copy is the rate of the bytes that must move "
+        "against that one. Caches are emptied before every call; median of the GPU's own times.",
+        "",
+    ]
+    print(*lines, sep="\n", flush=True)
+    head, body = ["case", "what", "time", "GB/s", "% of copy"], []
+    for row in (r for part in (attention, codec) for r in part(clock, args.quick)):
+        rate = row.nbytes / row.seconds
+        body.append(
+            [row.case, row.what, report.duration(row.seconds), f"{rate / 1e9:.0f}", f"{100 * rate / copy:.0f} %"]
+        )
+        print(*body[-1], sep="   ", flush=True)
+    page = "\n".join([*lines, report.table(head, body, left=2), ""])
+    if args.results is not None:
+        path = (
+            args.results if args.results.name else build.ROOT / "bench/results" / f"{'-'.join(gpu.lower().split())}.md"
+        )
+        path.write_text(page)
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
