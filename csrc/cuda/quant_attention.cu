@@ -1,6 +1,6 @@
 // Decode attention on pages of any mix of formats.
 //
-// A block works on a segment: (sequence, row tile, KV head, range of units), a unit being up to 64 tokens of one page. Its
+// A block works on a segment: (sequence, KV head, row tile, range of units), a unit being up to 64 tokens of one page. Its
 // warps take the units in turn, each with its own cp.async pipeline and its own online softmax, and do not wait for each
 // other before the end of the segment, where their states are merged. Rows are (query token, head of the group) pairs.
 //
@@ -14,8 +14,8 @@
 // two common to the warp. Packed formats sum in the rotated basis; the sums of different bases are brought to the plain one
 // when a warp goes from one to another, and at the end.
 //
-// Schedule: blocks take equal shares of all units, so that at most two segments of a block are parts of a (sequence, row
-// tile, KV head); those go to the workspace and a second kernel merges them. Both kernels find the shares by the same
+// Schedule: blocks take equal shares of all units, so that at most two segments of a block are parts of a (sequence, KV
+// head, row tile); those go to the workspace and a second kernel merges them. Both kernels find the shares by the same
 // arithmetic from seq_lens: no plan, no atomics. With split_tokens the segments are fixed intervals, whatever the batch.
 // Source: equal shares as in FlashMLA's get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge).
 #include "kvkernels/ops/quant_attention.h"
@@ -62,7 +62,7 @@ struct Plan {
   bool rotate_at_end;  // all of them are rotated
   bool q_vector, out_vector;
   uint32_t bias;    // kBias
-  float* partials;  // [2 blocks] or [B, row_tiles, Hkv, splits] slots: sums [8 NT][D], then State [8 NT]
+  float* partials;  // [2 blocks] or [B, Hkv, row_tiles, splits] slots: sums [8 NT][D], then State [8 NT]
 };
 
 struct Params : QuantAttentionParams {
@@ -110,7 +110,7 @@ struct Splits {
   }
 };
 
-// Equal shares: block k of n has the units [all k / n, all (k + 1) / n) of the list (sequence, row tile, KV head, unit).
+// Equal shares: block k of n has the units [all k / n, all (k + 1) / n) of the list (sequence, KV head, row tile, unit).
 struct Shares {
   int64_t all, n;
   __device__ Shares(const Params& p, int64_t units) : all(units) {
@@ -287,6 +287,7 @@ struct Warp {
   int basis;       // of acc
   bool sums_used;
 
+  int end, first_token, len;  // of the segment
   int unit, sub;              // what is loaded next
   int32_t entry, next_entry;  // page-table entries: of this unit and of the warp's next
   int issued;                 // stages
@@ -322,6 +323,9 @@ struct Warp {
     v_factor = kNoFactor;
     basis = kNoBasis;
     sums_used = false;
+    end = seg.end;
+    first_token = seg.first_token;
+    len = seg.len;
     unit = seg.begin + threadIdx.x / 32;
     sub = issued = 0;
     entry = table_entry(unit);
@@ -330,8 +334,8 @@ struct Warp {
 
   __device__ void run() {
     const int n_stages = p.plan.stages;
-    const int seen_by_all_from = p.window_left < 0 ? 0 : static_cast<int>(max(seg.len - 1 - p.window_left, int64_t(0)));
-    const int seen_by_all_to = seg.len - static_cast<int>(p.Tq) + 1;
+    const int seen_by_all_from = p.window_left < 0 ? 0 : static_cast<int>(max(len - 1 - p.window_left, int64_t(0)));
+    const int seen_by_all_to = len - static_cast<int>(p.Tq) + 1;
     int filled = 0, used = 0;
     for (int step = 1 - n_stages; step < issued; ++step) {  // the first steps only load
       if (step >= 0) {
@@ -350,8 +354,8 @@ struct Warp {
       t.v = stage + p.plan.v_offset;
       t.count = !Packed || is_rows(k_format) || is_rows(v_format) ? 16 : p.plan.unit;
       t.position = header.x;
-      t.begin = max(seg.first_token - t.position, 0) / 16;
-      t.end = min(t.count, seg.len - t.position + 15) / 16;
+      t.begin = max(first_token - t.position, 0) / 16;
+      t.end = min(t.count, len - t.position + 15) / 16;
       t.edge = t.position + 16 * t.begin < seen_by_all_from || t.position + 16 * t.end > seen_by_all_to;
       if (t.begin >= t.end) continue;  // 16 rows of a unit, before the window
       float top[NT][2];
@@ -370,10 +374,10 @@ struct Warp {
   }
 
   __device__ int32_t table_entry(int u) const {
-    if (u >= seg.end) return 0;
+    if (u >= end) return 0;
     // Of token lane % 16 where a page has no whole units (16 consecutive tokens then); entries of tokens that are not
     // visible are not looked at.
-    const int token = min(max(u * p.plan.unit + lane % 16, seg.first_token), seg.len - 1);
+    const int token = min(max(u * p.plan.unit + lane % 16, first_token), len - 1);
     return p.page_table[seg.b * p.table_stride + page_of(token)];
   }
 
@@ -424,7 +428,7 @@ struct Warp {
 
   // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit. One commit group per call.
   __device__ void issue(int stage) {
-    if (unit < seg.end) {
+    if (unit < end) {
       uint8_t* to = stages + stage * p.plan.stage_bytes;
       uint8_t *const k_to = to + T::kHeader, *const v_to = to + p.plan.v_offset;
       const Pool& pool = p.pools[entry >> 28];
@@ -434,7 +438,7 @@ struct Warp {
       const bool k_rows = !Packed || is_rows(pool.k_format), v_rows = !Packed || is_rows(pool.v_format);
       const int first = unit * p.plan.unit + sub * 16, token = first + lane % 16;
       const int in_page = token - page_of(token) * static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
-      const bool exists = token >= seg.first_token && token < seg.len;
+      const bool exists = token >= first_token && token < len;
       const int n = k_rows || v_rows ? 16 : p.plan.unit;
       if (lane == 0) *reinterpret_cast<int2*>(to) = make_int2(first, entry >> 28);
       if (k_rows)
@@ -446,7 +450,7 @@ struct Warp {
       else
         copy_side(v_to, v, pool.v_format, Side::V, first_in_page, n);
       sub += n / 16;
-      if (sub * 16 >= p.plan.unit || first + n >= seg.len) {
+      if (sub * 16 >= p.plan.unit || first + n >= len) {
         sub = 0;
         unit += p.plan.warps;
         entry = next_entry;
@@ -795,7 +799,7 @@ struct Warp {
   __device__ void clear_unseen(const Tokens& t, uint8_t* numbers, int n) const {
     for (int i = lane; i < t.count * n; i += 32) {
       const int position = t.position + i / n;
-      if (position < seg.first_token || position >= seg.len) reinterpret_cast<uint16_t*>(numbers)[i] = 0;
+      if (position < first_token || position >= len) reinterpret_cast<uint16_t*>(numbers)[i] = 0;
     }
     __syncwarp();
   }
@@ -1075,7 +1079,6 @@ __device__ __forceinline__ void run_segment(const Params& p, const Segment& seg)
   const auto own = [&](int w) { return smem + p.plan.warps_offset + w * p.plan.warp_bytes; };
   const auto sums_of = [&](int w) { return reinterpret_cast<float*>(own(w) + p.plan.sums_offset); };
 
-  __syncthreads();  // the previous segment has been written
   make_queries<D, NT, Packed>(p, seg, smem, rows);
   if (threadIdx.x == 0) bias[0] = p.plan.bias;
   __syncthreads();
@@ -1117,6 +1120,55 @@ __device__ __forceinline__ void run_segment(const Params& p, const Segment& seg)
 
 // ---- kernels
 
+// A block's way through its share. One thread walks, in shared memory: it would take 20 registers of every thread.
+struct Walk {
+  int64_t at, begin,
+      end;  // units of the list; with split_tokens (sequence, KV head, row tile, interval) in steps of the grid
+  Place place;
+};
+
+// Empty when there is none left.
+__device__ __forceinline__ Segment next_segment(const Params& p, Walk& walk, int64_t slot_size) {
+  const int64_t heads = p.plan.row_tiles * p.Hkv, splits = p.plan.splits;
+  while (walk.at < walk.end) {
+    const int64_t at = walk.at, b = splits ? at / splits / heads : walk.place.b;
+    const Visible v = visible(p, b);
+    int64_t item, first, count, slot;
+    if (splits) {
+      walk.at += gridDim.x;
+      const Splits s(p, v);
+      const int64_t split = at % splits;
+      if (split >= s.count) continue;
+      item = at / splits % heads;
+      first = s.begin(split);
+      count = s.begin(split + 1) - first;
+      slot = at;
+    } else {
+      const int64_t in_b = at - walk.place.before;
+      if (in_b >= v.units * heads) {
+        walk.place = {b + 1, walk.place.before + v.units * heads};
+        continue;
+      }
+      item = in_b / v.units;
+      first = in_b % v.units;
+      count = min(v.units - first, walk.end - at);
+      slot = 2 * blockIdx.x + (at > walk.begin);
+      walk.at += count;
+    }
+    Segment s;
+    s.b = b;
+    s.head = static_cast<int>(item / p.plan.row_tiles);
+    s.tile = static_cast<int>(item % p.plan.row_tiles);
+    s.begin = v.first_unit + static_cast<int>(first);
+    s.end = s.begin + static_cast<int>(count);
+    s.first_token = v.begin;
+    s.len = v.len;
+    s.slot = count == v.units ? nullptr : p.plan.partials + slot * slot_size;
+    return s;
+  }
+  return {};
+}
+
 // Registers: 168 leave room for 3 blocks of 4 warps on an SM, 255 for 2.
 template <int D, int NT>
 constexpr int kBlocksPerSm = D * NT <= 128 ? 3 : 2;
@@ -1124,50 +1176,24 @@ constexpr int kBlocksPerSm = D * NT <= 128 ? 3 : 2;
 template <int D, int NT, bool Packed>
 __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerSm<D, NT>)
     attention_kernel(const __grid_constant__ Params p) {
-  const int64_t heads = p.plan.row_tiles * p.Hkv;
-  const bool fixed = p.plan.splits > 0;
-  const Shares shares(p, fixed ? 0 : count_units(p, 0).all * heads);
-  int64_t at = blockIdx.x, step = gridDim.x, end = p.B * heads * p.plan.splits;  // intervals
-  Place place{};
-  if (!fixed) {  // units
+  KK_SHARED(Walk, walk, [1]);
+  KK_SHARED(Segment, segment, [1]);
+  Walk start{blockIdx.x, blockIdx.x, p.B * p.Hkv * p.plan.row_tiles * p.plan.splits, {}};
+  if (p.plan.splits == 0) {
+    const int64_t heads = p.plan.row_tiles * p.Hkv;
+    const Shares shares(p, count_units(p, 0).all * heads);
     if (blockIdx.x >= shares.n) return;
-    at = shares.begin(blockIdx.x);
-    end = shares.begin(blockIdx.x + 1);
-    place = find_unit(p, at, heads);
+    start.at = start.begin = shares.begin(blockIdx.x);
+    start.end = shares.begin(blockIdx.x + 1);
+    start.place = find_unit(p, start.at, heads);
   }
-  for (const int64_t begin = at; at < end; at += step) {
-    const int64_t b = fixed ? at / p.plan.splits / heads : place.b;
-    const Visible v = visible(p, b);
-    int64_t item, first, count;
-    if (fixed) {
-      const Splits splits(p, v);
-      const int64_t split = at % p.plan.splits;
-      if (split >= splits.count) continue;
-      item = at / p.plan.splits % heads;
-      first = splits.begin(split);
-      count = splits.begin(split + 1) - first;
-    } else {
-      const int64_t in_b = at - place.before;
-      if (in_b >= v.units * heads) {
-        place = {b + 1, place.before + v.units * heads};
-        step = 0;
-        continue;
-      }
-      item = in_b / v.units;
-      first = in_b % v.units;
-      step = count = min(v.units - first, end - at);
-    }
-    const int64_t slot = fixed ? at : 2 * blockIdx.x + (at > begin);
-    Segment seg;
-    seg.b = b;
-    seg.tile = static_cast<int>(item / p.Hkv);
-    seg.head = static_cast<int>(item % p.Hkv);
-    seg.begin = v.first_unit + static_cast<int>(first);
-    seg.end = seg.begin + static_cast<int>(count);
-    seg.first_token = v.begin;
-    seg.len = v.len;
-    seg.slot = count == v.units ? nullptr : p.plan.partials + slot * slot_floats(D, 8 * NT);
-    run_segment<D, NT, Packed>(p, seg);
+  if (threadIdx.x == 0) walk[0] = start;
+  for (;;) {
+    __syncthreads();  // the segment before has been written
+    if (threadIdx.x == 0) segment[0] = next_segment(p, walk[0], slot_floats(D, 8 * NT));
+    __syncthreads();
+    if (segment[0].begin == segment[0].end) return;
+    run_segment<D, NT, Packed>(p, segment[0]);
   }
 }
 
@@ -1186,7 +1212,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) merge_kernel(const __grid_cons
   for (int row = blockIdx.y * per_block + threadIdx.x / L; row < p.plan.rows * p.Hkv; row += gridDim.y * per_block) {
     const int64_t t = row / p.Hq, head = row % p.Hq;
     const int64_t tile_row = t * p.plan.group + head % p.plan.group, r = tile_row % tile_rows;
-    const int64_t item = tile_row / tile_rows * p.Hkv + head / p.plan.group;
+    const int64_t item = head / p.plan.group * p.plan.row_tiles + tile_row / tile_rows;
     const int64_t first_unit = units.before * heads + item * v.units;  // equal shares
     int64_t first = 0, n = 0;                                          // blocks or splits
     if (v.units > 0 && p.plan.splits) {
