@@ -177,7 +177,7 @@ def main() -> None:
         f"# {gpu}",
         "",
         f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, "
-        f"`python -m bench.gpu{' --quick' if args.quick else ''}`. Hq {HQ}, Hkv {HKV}, D {D}, page {PAGE}, all in bf16. "
+        f"`python -m bench.gpu{' --quick' if args.quick else ''}`. Hq {HQ}, Hkv {HKV}, D {D}, page {PAGE}, all bf16. "
         f"A copy of 1 GiB reads and writes {copy / 1e9:.0f} GB/s; % of copy is the rate of the bytes that must move "
         "against that one. Caches are emptied before every call; median of the GPU's own times.",
         "",
