@@ -3,7 +3,7 @@
     python tools/gpu_check.py [--quick]
 
 Needs torch with CUDA, pytest, hypothesis and numpy, and a library with CUDA kernels: python/kvkernels/libkvkernels.so
-or KVKERNELS_LIBRARY, built here (`make build CUDA=on`) or carried along, as it does not depend on the Python. No internet
+or KVKERNELS_LIBRARY, built here (`make build CUDA=on`) or carried along: it does not depend on the Python. No internet
 and no compiler are needed. Exits non-zero without a GPU and at the first step that fails.
 """
 
