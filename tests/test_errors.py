@@ -275,14 +275,14 @@ FWHT: list[tuple[Args, str]] = [
 ]
 
 # What only the CUDA kernels refuse.
-WIDE = torch.zeros(3, 2, 32, 132, dtype=torch.bfloat16)[..., :128]  # rows 264 bytes apart
+WIDE_K, WIDE_V = (torch.zeros(3, 2, 32, 132, dtype=x.dtype)[..., :128] for x in (K, V))  # rows 264 bytes apart
 ODD = torch.zeros(5 * 2 * 2176 + 8, dtype=torch.uint8)[8:].view(5, 2, 2176)  # begins at 16 n + 8
 ON_CUDA: list[tuple[str, Callable[..., Args], Args, str]] = [
     ("quant_attention", attention, {"q": Q.float()}, "q must be float16 or bfloat16 on CUDA, got float32"),
     ("quant_attention", attention, {"q": Q.half()}, "q is float16, but pool 1 holds bf16, whose numbers may not fit float16; on CUDA use bfloat16 queries"),
-    ("quant_attention", attention, {"kv": pools(k=WIDE)}, "pool 2, keys: on CUDA the address and all strides must be multiples of 16 bytes"),
+    ("quant_attention", attention, {"kv": pools(k=WIDE_K)}, "pool 2, keys: on CUDA the address and all strides must be multiples of 16 bytes"),
     ("quant_attention", attention, {"kv": pools(u2=ODD)}, "pool 0, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
-    ("write_kv", write, {"pool": 2, "kv": pools(v=WIDE.half())}, "pool, values: on CUDA the address and all strides must be multiples of 16 bytes"),
+    ("write_kv", write, {"pool": 2, "kv": pools(v=WIDE_V)}, "pool, values: on CUDA the address and all strides must be multiples of 16 bytes"),
     ("read_kv", read, {"kv": pools(u2=ODD)}, "pool, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
     ("pack_pages", pack, {"kv": pools(u2=ODD)}, "dst, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
     ("fwht", lambda **x: x, {"x": torch.zeros(1, 1 << 17)}, "on CUDA a row must fit in shared memory: n = 131072 takes 524288 bytes"),
