@@ -96,7 +96,7 @@ test: test-build
 	for isa in $$isas; do \
 	  echo "== pytest, KVKERNELS_ISA=$$isa $$only" && \
 	  KVKERNELS_ISA=$$isa PYTEST_ADDOPTS="$$only" $(PY) -m pytest -q $(ARGS) || exit 1; \
-	  only="-m 'not once'"; \
+	  only="-n 2 -m 'not once'"; \
 	done
 
 wheel: build
@@ -118,7 +118,7 @@ asan: env-test build
 	  echo "== pytest $$files, sanitized, KVKERNELS_ISA=$$isa" && \
 	  LD_PRELOAD="$$(lib libasan.so) $$(lib libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  KVKERNELS_ISA=$$isa KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so $(PY) -m pytest -q -m 'not once' $$files $(ARGS) || exit 1; \
+	  KVKERNELS_ISA=$$isa KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so $(PY) -m pytest -q -n 2 -m 'not once' $$files $(ARGS) || exit 1; \
 	  files=tests/test_contract.py; \
 	done
 
