@@ -43,28 +43,23 @@ extern "C" void simt_start();
 namespace simt {
 namespace {
 
-constexpr size_t kStack = 128 * 1024, kStacks = size_t{kMaxResident} * kMaxThreads;
+constexpr size_t kStack = 128 * 1024, kStacks = size_t{kMaxResident} * kMaxThreads, kGuard = 4096;
 
-char* map_stacks() {
-  char* stacks = static_cast<char*>(
-      mmap(nullptr, kStacks * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (size_t i = 0; i < kStacks; ++i) mprotect(stacks + i * kStack, 4096, PROT_NONE);
-  return stacks;
-}
-char* const stacks = map_stacks();
+char* const stacks = zero_pages(kStacks * kStack);
+int guarded = 0;  // stacks with a guard page below: as many as were used, for each costs the process a memory mapping
 
 }  // namespace
 
 bool on_fiber_stack(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(stacks) < kStacks * kStack; }
 
 void* new_fiber(int number, void (*entry)()) {
+  for (; guarded <= number; ++guarded) mprotect(stacks + static_cast<size_t>(guarded) * kStack, kGuard, PROT_NONE);
   // Stacks lie a power of two apart: without the stagger all of them would fight for the same few cache sets.
   void** sp = reinterpret_cast<void**>(stacks + (static_cast<size_t>(number) + 1) * kStack - 256 - number % 61 * 64);
   *--sp = nullptr;
   *--sp = nullptr;
   *--sp = reinterpret_cast<void*>(simt_start);
-  void* const saved[] = {nullptr, nullptr, reinterpret_cast<void*>(entry),
-                         nullptr, nullptr, nullptr};  // rbp rbx r12..r15
+  void* const saved[] = {nullptr, nullptr, reinterpret_cast<void*>(entry), nullptr, nullptr, nullptr};  // rbp rbx r12..
   for (void* s : saved) *--sp = s;
   return sp;
 }

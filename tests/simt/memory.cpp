@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <map>
+#include <new>
 
 #include "runtime.h"
 
@@ -13,6 +14,7 @@ struct Known {
   uintptr_t begin, end;
   std::string name;
   bool writable, region;
+  bool raced;  // writable, or some of it is, under another name: reads can race
 };
 std::vector<Known> known;  // a dozen at a time
 size_t last_hit;
@@ -44,26 +46,38 @@ const Known* find(uintptr_t address, size_t bytes, bool write) {
 }  // namespace
 
 void add_region(const char* name, const void* p, size_t bytes, bool writable) {
-  const auto begin = reinterpret_cast<uintptr_t>(p);
-  if (bytes) known.push_back({begin, begin + bytes, name, writable, true});
+  if (!bytes) return;
+  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
+  bool raced = writable;
+  for (Known& k : known) {
+    if (end <= k.begin || k.end <= begin) continue;
+    raced |= k.writable;
+    k.raced |= writable;
+  }
+  known.push_back({begin, end, name, writable, true, raced});
 }
 
 void clear_regions() {
   known.erase(std::remove_if(known.begin(), known.end(), [](const Known& k) { return k.region; }), known.end());
 }
 
+char* zero_pages(size_t bytes) {
+  void* const p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<char*>(p);
+}
+
 void* alloc(const char* name, size_t bytes, bool writable) {
   // guard page | poison | the array, ending at a multiple of 16 | guard page
   const size_t body = (bytes + kPage) / kPage * kPage, mapped = body + 2 * kPage;
-  char* const m = static_cast<char*>(mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (m == MAP_FAILED) throw std::bad_alloc();
+  char* const m = zero_pages(mapped);
   mprotect(m, kPage, PROT_NONE);
   mprotect(m + kPage + body, kPage, PROT_NONE);
   memset(m + kPage, 0xff, body);
   char* const array = m + kPage + body - (bytes + 15) / 16 * 16;
   const auto begin = reinterpret_cast<uintptr_t>(array);
   mappings[array] = {m, mapped};
-  if (bytes) known.push_back({begin, begin + bytes, name, writable, false});
+  if (bytes) known.push_back({begin, begin + bytes, name, writable, false, writable});
   return array;
 }
 
@@ -131,7 +145,7 @@ void check_access(uintptr_t address, size_t bytes, Access kind, Thread& by, cons
   if (write && !k->writable)
     report(where, Then::abandon, "%s to read-only array '%s' at byte %zu, by %s", text(kind), k->name.c_str(), offset,
            text(by).c_str());
-  if (instrumented && k->writable) check_global_race(address, bytes, kind, k->name.c_str(), offset, by, where);
+  if (instrumented && k->raced) check_global_race(address, bytes, kind, k->name.c_str(), offset, by, where);
 }
 
 void access(const void* p, size_t bytes, Access kind, Site site) {

@@ -177,6 +177,7 @@ char* shared_at(uint32_t address, size_t bytes, const Thread&, Site);
 void check_shared_bounds(uintptr_t address, size_t bytes, Access, const Thread&, const Where&);
 
 // ---- memory.cpp
+char* zero_pages(size_t bytes);  // memory that costs nothing before it is touched
 void find_module();
 void check_access(uintptr_t address, size_t bytes, Access, Thread&, const Where&);
 std::string nearest_known(uintptr_t address, size_t bytes);

@@ -1,7 +1,5 @@
 // Shared memory of the resident blocks:
 //   [dynamic: what the launch asked for][gap of 2-3 KiB: canary][KK_SHARED variables, in the order in which they are met]
-#include <sys/mman.h>
-
 #include "runtime.h"
 
 namespace simt {
@@ -13,8 +11,7 @@ constexpr unsigned char kCanaryByte = 0xa5;
 constexpr uint32_t kFirstAddress = 0x400;
 constexpr size_t kStaticLimit = 48 * 1024;
 
-char* const memory = static_cast<char*>(mmap(nullptr, kMaxResident* kSharedSpan, PROT_READ | PROT_WRITE,
-                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+char* const memory = zero_pages(kMaxResident * kSharedSpan);
 
 bool inside(size_t offset, size_t bytes) {
   if (offset >= kSharedSpan) return false;
@@ -30,9 +27,7 @@ void map_shared_memory() {
   for (int i = 0; i < kMaxResident; ++i) {
     blocks[i].shared = memory + static_cast<size_t>(i) * kSharedSpan;
     if (instrumented && !blocks[i].shared_cells)
-      blocks[i].shared_cells =
-          static_cast<Cell<Stamp>*>(mmap(nullptr, kSharedSpan * sizeof(Cell<Stamp>), PROT_READ | PROT_WRITE,
-                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      blocks[i].shared_cells = reinterpret_cast<Cell<Stamp>*>(zero_pages(kSharedSpan * sizeof(Cell<Stamp>)));
   }
   launched.variables_begin = launched.variables_end = (launched.smem + kCanary + 1023) / 1024 * 1024;
 }

@@ -342,6 +342,19 @@ def test_regions(check: Any) -> None:
     assert reports() == ""
 
 
+def test_a_region_has_two_names(check: Any) -> None:
+    """Reads through a read-only name race with writes through another."""
+    x = np.ones(3000, np.float32)
+    counter, out = np.zeros(1, np.uint32), np.zeros(1, np.float32)
+    check.add_region("in", x, False)
+    check.add_region("partial", x[:12], True)
+    check.add_region("counter", counter, True)
+    check.add_region("out", out, True)
+    call(check.sum, x, x[:12], counter, out, "none")
+    assert any("data race on array" in r for r in check.errors())
+    check.clear_regions()
+
+
 def test_guard_page(simt: Any) -> None:
     """Even the fast build sees what passes the end of an array of its own."""
     io = simt.array("io", np.zeros(60, np.float32), writable=True)
@@ -404,6 +417,17 @@ def test_options(simt: Any) -> None:
         simt.options(copies="now")
     with pytest.raises(ValueError, match=r"resident must be in 1\.\.4; got 5"):
         simt.options(resident=5)
+
+
+def test_every_instruction_has_a_twin() -> None:
+    """What ptx.cuh has for nvcc and what the emulator has: the same functions."""
+    root = Path(__file__).parents[2]
+    real, emulated = (
+        sorted(re.findall(r"^(?:__device__ __forceinline__|inline) \w+ (\w+)\(", (root / f).read_text(), re.M))
+        for f in ("csrc/cuda/ptx.cuh", "tests/simt/simt_ptx.h")
+    )
+    assert real == emulated
+    assert "mma_m16n8k16_f16" in real
 
 
 # ---- where matrix instructions keep their elements, from the PTX ISA, "Matrix Fragments for mma.m16n8k16 with

@@ -19,9 +19,9 @@ namespace {
 
 const std::map<std::string, Bug>& bugs() {
   static const std::map<std::string, Bug> all = {
-#define X(name) {#name, Bug::name},
-      KK_BUGS(X)
-#undef X
+#define BUG(name) {#name, Bug::name},
+#include "bugs.def"
+#undef BUG
   };
   return all;
 }

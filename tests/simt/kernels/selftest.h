@@ -2,22 +2,12 @@
 #pragma once
 #include <cstdint>
 
-#define KK_BUGS(X)                                                                                                  \
-  X(none)                                                                                                           \
-  X(no_barrier_after_wait)                                                                                          \
-  X(short_shuffle)                                                                                                  \
-  X(no_wait_for_first_tile)                                                                                         \
-  X(past_page_table) X(no_barrier_before_reuse) X(wide_store) X(half_mask) X(divergent_barrier) X(mma_no_barrier)   \
-      X(ldmatrix_order) X(mma_no_wait) X(accumulator_layout) X(row_past_end) X(scan_no_barrier) X(no_syncwarp)      \
-          X(last_by_block_index) X(histogram_without_atomics) X(local_overrun) X(early_return) X(dynamic_too_small) \
-              X(shared_overrun) X(misaligned) X(read_only) X(exited_lane) X(shift) X(split_syncwarp)
-
 namespace selftest {
 
 enum class Bug {
-#define X(name) name,
-  KK_BUGS(X)
-#undef X
+#define BUG(name) name,
+#include "bugs.def"
+#undef BUG
 };
 
 // f(std::integral_constant<Bug, ...>) for a bug of the list.
