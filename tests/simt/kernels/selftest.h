@@ -10,7 +10,7 @@ enum class Bug {
 #undef BUG
 };
 
-// f(std::integral_constant<Bug, ...>) for a bug of the list.
+// f(Planted<bug>{}) for the bug of the list that was asked for.
 template <Bug b>
 struct Planted {
   static constexpr Bug bug = b;
