@@ -47,6 +47,21 @@ enum Queries : int { kQueriesF16, kQueriesBf16, kQueriesRotated, kQueriesPlain, 
 // What sums over V are in: order of channels and basis.
 enum Basis : int { kNoBasis, kRowBasis, kRotatedBasis, kPlainBasis };
 
+// One side of a page of packed format is up to three arrays. In a stage they lie behind each other.
+struct SideArray {
+  int offset;  // in the side
+  int stride;  // bytes of a token
+  int fixed;   // bytes that belong to no token (channel scales of kivi2)
+};
+struct SideArrays {
+  SideArray array[3];
+};
+struct PoolPlan {
+  SideArrays k, v;  // k may be the whole page, which has both sides in one piece; v is empty then
+  int tokens;       // of a stage: 16 where a side has 16-bit rows, else a unit
+  int v_offset;     // of the V side in a stage
+};
+
 struct Plan {
   int group, rows, row_tiles;  // rows = Tq * group, in tiles of 8 NT
   int unit;                    // tokens; divides page_size and split_tokens, or is 16
@@ -54,9 +69,10 @@ struct Plan {
   int blocks, warps, stages;
   // Shared memory: queries of each kind | per warp: scores of a stage, stages, sums (over the stages if the basis is one)
   int queries[kQueryKinds];  // offset; < 0: not needed
-  int warps_offset, warp_bytes, stages_offset, stage_bytes, v_offset, sums_offset;
+  int warps_offset, warp_bytes, stages_offset, stage_bytes, sums_offset;
   uint32_t page_magic;  // x / page_size = x * page_magic >> page_shift for 0 <= x < 2^31
   int page_shift;
+  PoolPlan pools[kMaxPools];
   int64_t smem;
   bool mixed_basis;    // the pools' V sums have different bases
   bool rotate_at_end;  // all of them are rotated
@@ -351,8 +367,8 @@ struct Warp {
       const Format k_format = p.pools[header.y].k_format, v_format = p.pools[header.y].v_format;
       Tokens t;
       t.k = stage + T::kHeader;
-      t.v = stage + p.plan.v_offset;
-      t.count = !Packed || is_rows(k_format) || is_rows(v_format) ? 16 : p.plan.unit;
+      t.v = stage + p.plan.pools[header.y].v_offset;
+      t.count = Packed ? p.plan.pools[header.y].tokens : 16;
       t.position = header.x;
       t.begin = max(first_token - t.position, 0) / 16;
       t.end = min(t.count, len - t.position + 15) / 16;
@@ -381,16 +397,29 @@ struct Warp {
     return p.page_table[seg.b * p.table_stride + page_of(token)];
   }
 
-  __device__ void copy(uint8_t* to, const uint8_t* from, int bytes) const {
-    const uint32_t dst = ptx::smem_u32(to);
+  // `side`: of the page and head. Its tokens token ... token + n - 1.
+  __device__ void copy_arrays(uint8_t* to, const uint8_t* side, const SideArrays& arrays, int token, int n) const {
+    uint32_t dst = ptx::smem_u32(to) + lane * 16;
+    side += lane * 16;
+    const auto next_array = [&](const SideArray& array, auto copy) {
+      const int bytes = n * array.stride + array.fixed;
+      if (bytes == 0) return;
+      copy(side + (array.offset + token * array.stride), bytes - lane * 16);
+      dst += bytes;
+    };
+    next_array(arrays.array[0], [&](const uint8_t* from, int bytes) {
 #pragma unroll 1
-    for (int i = lane * 16; i < bytes; i += 4 * 512)
+      for (int i = 0; i < bytes; i += 4 * 512)
 #pragma unroll
-      for (int j = 0; j < 4 * 512; j += 512)
-        if (i + j < bytes) ptx::cp_async<16>(dst + i + j, from + i + j);
-  }
-  __device__ void copy_512(uint8_t* to, const uint8_t* from, int bytes) const {  // no more than that
-    if (lane * 16 < bytes) ptx::cp_async<16>(ptx::smem_u32(to) + lane * 16, from + lane * 16);
+        for (int j = 0; j < 4 * 512; j += 512)
+          if (i + j < bytes) ptx::cp_async<16>(dst + i + j, from + i + j);
+    });
+    const auto small = [&](const uint8_t* from, int bytes) {
+#pragma unroll 1
+      for (int i = 0; i < bytes; i += 512) ptx::cp_async<16>(dst + i, from + i);
+    };
+    next_array(arrays.array[1], small);
+    next_array(arrays.array[2], small);
   }
 
   // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, because 0 * NaN is NaN.
@@ -406,31 +435,10 @@ struct Warp {
     }
   }
 
-  // `side`: of the page and head. Its tokens token ... token + n - 1: codes, then what scales them.
-  __device__ void copy_side(uint8_t* to, const uint8_t* side, Format format, Side kind, int token, int n) const {
-    const int ps = static_cast<int>(p.page_size);
-    const auto tokens = [&](int bytes) {  // of each token; an array [page_size][bytes] of the side
-      copy(to, side + token * bytes, n * bytes);
-      to += n * bytes;
-      side += ps * bytes;
-    };
-    if (format == Format::kivi2) {
-      tokens(D / 4);
-      if (kind == Side::K) return copy(to, side, D * 4);
-      tokens(D / 32 * 2);
-      tokens(D / 32 * 2);
-      return;
-    }
-    tokens(format == Format::u8 ? D : format == Format::u4 ? D / 2 : D / 4);
-    if (format == Format::u3) tokens(D / 8);
-    copy_512(to, side + token * (T::kGroups * 2), n * (T::kGroups * 2));
-  }
-
   // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit. One commit group per call.
   __device__ void issue(int stage) {
     if (unit < end) {
       uint8_t* to = stages + stage * p.plan.stage_bytes;
-      uint8_t *const k_to = to + T::kHeader, *const v_to = to + p.plan.v_offset;
       const Pool& pool = p.pools[entry >> 28];
       const int64_t page = entry & kPageMask;
       const uint8_t* k = pool.k + page * pool.k_page + seg.head * pool.k_head;
@@ -439,16 +447,18 @@ struct Warp {
       const int first = unit * p.plan.unit + sub * 16, token = first + lane % 16;
       const int in_page = token - page_of(token) * static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
       const bool exists = token >= first_token && token < len;
-      const int n = k_rows || v_rows ? 16 : p.plan.unit;
+      const PoolPlan& arrays = p.plan.pools[entry >> 28];
+      uint8_t *const k_to = to + T::kHeader, *const v_to = to + arrays.v_offset;
+      const int n = arrays.tokens;
       if (lane == 0) *reinterpret_cast<int2*>(to) = make_int2(first, entry >> 28);
       if (k_rows)
         copy_rows(k_to, exists ? k + in_page * pool.k_token : nullptr);
       else
-        copy_side(k_to, k, pool.k_format, Side::K, first_in_page, n);
+        copy_arrays(k_to, k, arrays.k, first_in_page, n);
       if (v_rows)
         copy_rows(v_to, exists ? v + in_page * pool.v_token : nullptr);
       else
-        copy_side(v_to, v, pool.v_format, Side::V, first_in_page, n);
+        copy_arrays(v_to, v, arrays.v, first_in_page, n);
       sub += n / 16;
       if (sub * 16 >= p.plan.unit || first + n >= len) {
         sub = 0;
@@ -811,6 +821,7 @@ struct Warp {
     uint8_t* scales = t.v + t.count * (D * bits / 8);
     if (t.edge) clear_unseen(t, scales, T::kGroups);
     float top = 0.0f;
+#pragma unroll 1
     for (int i = 2 * lane; i < t.count * T::kGroups; i += 64) {
       const float2 both = __half22float2(*reinterpret_cast<const __half2*>(scales + 2 * i));
       top = fmaxf(top, fmaxf(both.x, both.y));
@@ -1146,7 +1157,8 @@ __device__ __forceinline__ Segment next_segment(const Params& p, Walk& walk, int
     } else {
       const int64_t in_b = at - walk.place.before;
       if (in_b >= v.units * heads) {
-        walk.place = {b + 1, walk.place.before + v.units * heads};
+        ++walk.place.b;
+        walk.place.before += v.units * heads;
         continue;
       }
       item = in_b / v.units;
@@ -1282,6 +1294,27 @@ void check_pools(const QuantAttentionParams& p) {
   }
 }
 
+template <int D>
+SideArrays side_arrays(Format format, Side side, int64_t page_size) {
+  const int ps = static_cast<int>(page_size);
+  SideArrays s{};
+  with_format(format, [&](auto fmt) {
+    using Fmt = decltype(fmt);
+    if constexpr (Fmt::rotated) {
+      s.array[0] = {0, D * Fmt::low_bits / 8, 0};
+      if (Fmt::bits == 3) s.array[1] = {static_cast<int>(Fmt::plane1_offset(ps, D)), D / 8, 0};
+      s.array[2] = {static_cast<int>(Fmt::scales_offset(ps, D)), static_cast<int>(Fmt::groups(D)) * 2, 0};
+    } else if constexpr (Fmt::packed) {
+      s.array[0] = {0, D / 4, 0};
+      const int scales = static_cast<int>(Fmt::scale_offset(ps, D)),
+                zeros = static_cast<int>(Fmt::zero_offset(side, ps, D));
+      s.array[1] = side == Side::K ? SideArray{scales, 0, D * 2} : SideArray{scales, D / 32 * 2, 0};
+      s.array[2] = side == Side::K ? SideArray{zeros, 0, D * 2} : SideArray{zeros, D / 32 * 2, 0};
+    }
+  });
+  return s;
+}
+
 template <int D, int NT>
 Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
   using T = Tile<D, NT>;
@@ -1297,24 +1330,31 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
   plan.page_magic = static_cast<uint32_t>(((uint64_t(1) << plan.page_shift) + p.page_size - 1) / p.page_size);
 
   bool needed[kQueryKinds] = {};
-  int k_bytes = 0, v_bytes = 0, rotated = 0;
+  int rotated = 0;
   for (int i = 0; i < p.num_pools; ++i) {
     const Pool& pool = p.pools[i];
     const Format k = pool.k_format, v = pool.v_format;
-    const int tokens = is_packed(k) && is_packed(v) ? plan.unit : 16;
+    const bool packed = is_packed(k) && is_packed(v);
+    const int tokens = packed ? plan.unit : 16, k_bytes = stage_side<D>(k, Side::K, tokens),
+              v_bytes = stage_side<D>(v, Side::V, tokens);
+    PoolPlan& own = plan.pools[i];
+    own = {side_arrays<D>(k, Side::K, p.page_size), side_arrays<D>(v, Side::V, p.page_size), tokens,
+           T::kHeader + k_bytes};
+    const bool in_one_piece = pool.v == pool.k + k_bytes && pool.v_page == pool.k_page && pool.v_head == pool.k_head;
+    if (packed && tokens == p.page_size && in_one_piece) {
+      own.k = {{{0, 0, k_bytes + v_bytes}}};
+      own.v = {};
+    }
+    plan.stage_bytes = std::max(plan.stage_bytes, own.v_offset + v_bytes);
     needed[k == Format::f16    ? kQueriesF16
            : k == Format::bf16 ? kQueriesBf16
            : is_rotated(k)     ? kQueriesRotated
                                : kQueriesPlain] = true;
-    k_bytes = std::max(k_bytes, stage_side<D>(k, Side::K, tokens));
-    v_bytes = std::max(v_bytes, stage_side<D>(v, Side::V, tokens));
     rotated += is_rotated(v);
     const Format first = p.pools[0].v_format;
     plan.mixed_basis |= is_rotated(v) != is_rotated(first) || is_packed(v) != is_packed(first);
   }
   plan.rotate_at_end = rotated > 0 && !plan.mixed_basis;
-  plan.v_offset = T::kHeader + k_bytes;
-  plan.stage_bytes = plan.v_offset + v_bytes;
   int offset = 0;
   for (int i = 0; i < kQueryKinds; ++i) {
     plan.queries[i] = needed[i] ? offset : -1;
