@@ -28,7 +28,9 @@
 namespace kk::cuda {
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) fail(cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // forgets it: the next launch of this thread would be blamed for it
+  fail(cudaGetErrorString(error));
 }
 
 // An attribute of a device, such as cudaDevAttrMultiProcessorCount: a lookup in the driver's memory, no synchronisation.
@@ -44,10 +46,19 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, voi
   (void)stream;
   simt::launch(kernel, grid, block, smem, std::forward<A>(args)...);
 #else
-  // Above 48 KiB a kernel must be told; telling it again costs less than 1 us and needs no state per device.
-  if (smem > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(smem)));
+  // Above 48 KiB, with the static shared memory (of up to 1 KiB), a kernel must be told. It is told all that the
+  // device has: threads that launch one kernel with different sizes then do not take from each other.
+  if (smem > 40 * 1024) {
+    cudaFuncAttributes now;
+    check(cudaFuncGetAttributes(&now, reinterpret_cast<const void*>(kernel)));
+    if (smem > static_cast<size_t>(now.maxDynamicSharedSizeBytes)) {
+      int device = 0;
+      check(cudaGetDevice(&device));
+      check(cudaFuncSetAttribute(
+          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_cast<int>(now.sharedSizeBytes)));
+    }
+  }
   // clang-format off
   kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(std::forward<A>(args))...);
   // clang-format on
