@@ -13,6 +13,16 @@ namespace {
 constexpr PoolNames kSrc{"src", "k_cache of src", "v_cache of src"};
 constexpr PoolNames kDst{"dst", "k_cache of dst", "v_cache of dst"};
 
+// Pages of a CPU call are visible, so a bad one is an error and not a write outside the pool.
+void check_pairs(const Check& c, const PackPagesParams& p) {
+  for (int64_t i = 0; i < p.N; ++i) {
+    const int32_t s = p.pairs[2 * i], d = p.pairs[2 * i + 1];
+    if (s < 0 || d < 0) continue;
+    if (s >= p.src.num_pages) c.refuse("pairs[", i, ", 0] = ", s, ", but src has ", p.src.num_pages, " pages");
+    if (d >= p.dst.num_pages) c.refuse("pairs[", i, ", 1] = ", d, ", but dst has ", p.dst.num_pages, " pages");
+  }
+}
+
 void pack_pages(const Tensor& src, const std::optional<Tensor>& src_v, int64_t src_format, const Tensor& dst,
                 const std::optional<Tensor>& dst_v, int64_t dst_format, int64_t page_size, int64_t head_dim,
                 const Tensor& pairs_arg, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance) {
@@ -33,12 +43,7 @@ void pack_pages(const Tensor& src, const std::optional<Tensor>& src_v, int64_t s
   p.Hkv = src.size(1);
   p.D = head_dim;
   p.page_size = page_size;
-  for (int64_t i = 0; c.on_cpu() && i < p.N; ++i) {
-    const int32_t s = p.pairs[2 * i], d = p.pairs[2 * i + 1];
-    if (s < 0 || d < 0) continue;
-    if (s >= p.src.num_pages) c.refuse("pairs[", i, ", 0] = ", s, ", but src has ", p.src.num_pages, " pages");
-    if (d >= p.dst.num_pages) c.refuse("pairs[", i, ", 1] = ", d, ", but dst has ", p.dst.num_pages, " pages");
-  }
+  if (c.on_cpu()) check_pairs(c, p);
   if (p.N > 0 && p.Hkv > 0) on_device(c, [&](const auto& exec) { backend::pack_pages(p, exec); });
 }
 

@@ -134,7 +134,6 @@ KeyTransform make_transform(Check& c, const std::optional<Tensor>& centre, const
 }
 
 void check_slots(const Check& c, const View& slots, const char* pool, const Pool& p, int64_t page_size) {
-  if (!c.on_cpu()) return;
   const int64_t* s = slots.data<int64_t>();
   const int64_t end = p.num_pages * page_size;
   for (int64_t i = 0; i < slots.size[0]; ++i)

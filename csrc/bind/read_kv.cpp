@@ -29,7 +29,7 @@ void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t fo
     c.contiguous(*out);
     c.writable(*out);
   }
-  check_slots(c, slots, kNames.record, p.pool, page_size);
+  if (c.on_cpu()) check_slots(c, slots, kNames.record, p.pool, page_size);
 
   p.k = k.mutable_data();
   p.v = v.mutable_data();

@@ -28,7 +28,7 @@ void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, cons
   p.pool = make_writable_pool(c, kNames, f, pool, pool_v ? &*pool_v : nullptr, page_size, k.size[2]);
   const View slots = c.is("slots", slots_arg, kI64, "T");
   p.transform = make_transform(c, centre, balance);
-  check_slots(c, slots, kNames.record, p.pool, page_size);
+  if (c.on_cpu()) check_slots(c, slots, kNames.record, p.pool, page_size);
 
   p.k = k.data();
   p.v = v.data();
