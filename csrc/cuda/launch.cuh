@@ -33,7 +33,7 @@ inline void check(cudaError_t error) {
   fail(cudaGetErrorString(error));
 }
 
-// An attribute of a device, such as cudaDevAttrMultiProcessorCount: a lookup in the driver's memory, no synchronisation.
+// An attribute of a device, such as cudaDevAttrMultiProcessorCount: a lookup in the driver, no synchronisation.
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, attribute, device));
