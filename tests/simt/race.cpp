@@ -91,7 +91,6 @@ void start_race_checks(int blocks_of_grid) {
   atomics_of_block.assign(static_cast<size_t>(blocks_of_grid), 0);
 }
 
-// Everything before is ordered before everything after: a new epoch. Two for a new block, the first for what was never written.
 void synchronise(Block& b) { b.epoch = ++last_epoch; }
 
 void synchronise(Block& b, int warp, unsigned lanes) {
@@ -117,19 +116,19 @@ void check_shared_race(const char* p, size_t bytes, Access kind, Thread& by, con
   const Stamp now = stamp(by, kind);
   for (size_t i = 0; i < bytes; ++i) {
     Cell<Stamp>& c = cells[i];
+    const ptrdiff_t offset = p - b.shared + static_cast<ptrdiff_t>(i);
     const bool written = c.write.epoch >= b.first_epoch;
     if (written && c.write.in_flight)
       return report(
           where, Then::go_on,
           "%s of shared memory (offset %zd) into which a cp.async is in flight (no cp.async.wait_group yet), by %s",
-          text(kind), p - b.shared + static_cast<ptrdiff_t>(i), text(by).c_str());
+          text(kind), offset, text(by).c_str());
     if (kind == Access::read && !written)
-      return report(where, Then::go_on, "read of uninitialised shared memory (offset %zd) by %s",
-                    p - b.shared + static_cast<ptrdiff_t>(i), text(by).c_str());
+      return report(where, Then::go_on, "read of uninitialised shared memory (offset %zd) by %s", offset,
+                    text(by).c_str());
     if (const Stamp* other = collision(c, now, kind, by))
-      return report(where, Then::go_on, "data race in shared memory (offset %zd): %s by %s%s",
-                    p - b.shared + static_cast<ptrdiff_t>(i), text(kind), text(by).c_str(),
-                    text(*other, b, other == &c.write).c_str());
+      return report(where, Then::go_on, "data race in shared memory (offset %zd): %s by %s%s", offset, text(kind),
+                    text(by).c_str(), text(*other, b, other == &c.write).c_str());
   }
 }
 
