@@ -1315,28 +1315,26 @@ SideArrays side_arrays(Format format, Side side, int64_t page_size) {
   return s;
 }
 
+Queries queries_for(Format k) {
+  return k == Format::f16    ? kQueriesF16
+         : k == Format::bf16 ? kQueriesBf16
+         : is_rotated(k)     ? kQueriesRotated
+                             : kQueriesPlain;
+}
+
+// What a stage holds when a unit is so many tokens.
 template <int D, int NT>
-Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
+void set_unit(Plan& plan, const QuantAttentionParams& p, int unit) {
   using T = Tile<D, NT>;
-  Plan plan{};
-  plan.bias = kBias;
-  plan.group = static_cast<int>(p.Hq / p.Hkv);
-  plan.rows = static_cast<int>(p.Tq) * plan.group;
-  plan.row_tiles = (plan.rows + T::kRows - 1) / T::kRows;
-  for (plan.unit = 64; plan.unit > 16 && (p.page_size % plan.unit || p.split_tokens % plan.unit);) plan.unit /= 2;
-  plan.splits = p.split_tokens > 0 ? (p.max_pages * p.page_size + p.split_tokens - 1) / p.split_tokens : 0;
-
-  for (plan.page_shift = 31; int64_t(1) << (plan.page_shift - 31) < p.page_size;) ++plan.page_shift;
-  plan.page_magic = static_cast<uint32_t>(((uint64_t(1) << plan.page_shift) + p.page_size - 1) / p.page_size);
-
-  bool needed[kQueryKinds] = {};
-  int rotated = 0;
+  plan.unit = unit;
+  plan.stages_offset = unit / 16 * NT * 32 * static_cast<int>(sizeof(float4));
+  plan.stage_bytes = 0;
   for (int i = 0; i < p.num_pools; ++i) {
     const Pool& pool = p.pools[i];
     const Format k = pool.k_format, v = pool.v_format;
     const bool packed = is_packed(k) && is_packed(v);
-    const int tokens = packed ? plan.unit : 16, k_bytes = stage_side<D>(k, Side::K, tokens),
-              v_bytes = stage_side<D>(v, Side::V, tokens);
+    const int tokens = packed ? unit : 16;
+    const int k_bytes = stage_side<D>(k, Side::K, tokens), v_bytes = stage_side<D>(v, Side::V, tokens);
     PoolPlan& own = plan.pools[i];
     own = {side_arrays<D>(k, Side::K, p.page_size), side_arrays<D>(v, Side::V, p.page_size), tokens,
            T::kHeader + k_bytes};
@@ -1346,41 +1344,54 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
       own.v = {};
     }
     plan.stage_bytes = std::max(plan.stage_bytes, own.v_offset + v_bytes);
-    needed[k == Format::f16    ? kQueriesF16
-           : k == Format::bf16 ? kQueriesBf16
-           : is_rotated(k)     ? kQueriesRotated
-                               : kQueriesPlain] = true;
-    rotated += is_rotated(v);
-    const Format first = p.pools[0].v_format;
+  }
+}
+
+template <int D, int NT>
+Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
+  using T = Tile<D, NT>;
+  Plan plan{};
+  plan.bias = kBias;
+  plan.group = static_cast<int>(p.Hq / p.Hkv);
+  plan.rows = static_cast<int>(p.Tq) * plan.group;
+  plan.row_tiles = (plan.rows + T::kRows - 1) / T::kRows;
+  plan.splits = p.split_tokens > 0 ? (p.max_pages * p.page_size + p.split_tokens - 1) / p.split_tokens : 0;
+  for (plan.page_shift = 31; int64_t(1) << (plan.page_shift - 31) < p.page_size;) ++plan.page_shift;
+  plan.page_magic = static_cast<uint32_t>(((uint64_t(1) << plan.page_shift) + p.page_size - 1) / p.page_size);
+
+  for (int& offset : plan.queries) offset = -1;
+  bool all_rotated = true;
+  for (int i = 0; i < p.num_pools; ++i) {
+    int& offset = plan.queries[queries_for(p.pools[i].k_format)];
+    if (offset < 0) offset = plan.warps_offset, plan.warps_offset += T::kQueryBytes;
+    const Format v = p.pools[i].v_format, first = p.pools[0].v_format;
+    all_rotated &= is_rotated(v);
     plan.mixed_basis |= is_rotated(v) != is_rotated(first) || is_packed(v) != is_packed(first);
   }
-  plan.rotate_at_end = rotated > 0 && !plan.mixed_basis;
-  int offset = 0;
-  for (int i = 0; i < kQueryKinds; ++i) {
-    plan.queries[i] = needed[i] ? offset : -1;
-    offset += needed[i] ? T::kQueryBytes : 0;
-  }
-  plan.warps_offset = offset;
-  plan.stages_offset = plan.unit / 16 * NT * 32 * int(sizeof(float4));
+  plan.rotate_at_end = all_rotated;
 
-  // As many blocks on an SM as registers allow with 3 or 4 stages, else fewer; at last fewer warps.
+  // As many blocks on an SM as registers allow if three stages fit, else fewer; then smaller units, at last fewer warps.
   const int block_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device);
   const int sm_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device);
-  constexpr int kReserved = 1024 + kMaxWarps * T::kRows * sizeof(State) + T::kRows * sizeof(Row);  // CUDA's, and static
+  constexpr int kReserved = 1024 + 1536;  // bytes that CUDA keeps of an SM for every block, and static variables
   const auto fits = [&](int warps, int blocks, int stages) {
-    const int sums = T::kRows * T::kSumPitch * 4;
+    const int stages_end = plan.stages_offset + stages * plan.stage_bytes;
     plan.warps = warps;
     plan.stages = stages;
-    plan.sums_offset = plan.stages_offset + (plan.mixed_basis ? stages * plan.stage_bytes : 0);
-    plan.warp_bytes = std::max(plan.stages_offset + stages * plan.stage_bytes, plan.sums_offset + sums);
+    plan.sums_offset = plan.mixed_basis ? stages_end : plan.stages_offset;
+    plan.warp_bytes = std::max(stages_end, plan.sums_offset + T::kRows * T::kSumPitch * 4);
     plan.smem = plan.warps_offset + warps * plan.warp_bytes;
     plan.blocks = blocks * device_attribute(cudaDevAttrMultiProcessorCount, exec.device);
-    return plan.smem <= std::min(block_limit - kReserved, sm_limit / blocks - kReserved);
+    return plan.smem <= std::min(block_limit, sm_limit / blocks) - kReserved;
   };
   for (int warps = kMaxWarps; warps > 0; warps /= 2)
-    for (int blocks = kBlocksPerSm<D, NT>; blocks > 0; --blocks)
-      for (int stages = 4; stages >= (blocks > 1 ? 3 : 2); --stages)
-        if (fits(warps, blocks, stages)) return plan;
+    for (int unit = 64; unit >= 16; unit /= 2) {
+      if (unit > 16 && (p.page_size % unit || p.split_tokens % unit)) continue;
+      set_unit<D, NT>(plan, p, unit);
+      for (int blocks = kBlocksPerSm<D, NT>; blocks > 0; --blocks)
+        for (int stages = 4; stages >= (blocks > 1 ? 3 : 2); --stages)
+          if (fits(warps, blocks, stages)) return plan;
+    }
   fail("quant_attention: head_dim is too large for the shared memory of this GPU");
 }
 
