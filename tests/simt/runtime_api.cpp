@@ -4,23 +4,11 @@
 extern "C" {
 
 cudaError_t cudaGetLastError() {
-  const cudaError_t e = cudaPeekAtLastError();
+  const cudaError_t e = simt::launch_failed ? cudaErrorLaunchFailure : cudaSuccess;
   simt::launch_failed = false;
   return e;
 }
-cudaError_t cudaPeekAtLastError() { return simt::launch_failed ? cudaErrorLaunchFailure : cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : simt::launch_error.c_str(); }
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  memset(p, value, bytes);
-  return cudaSuccess;
-}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
