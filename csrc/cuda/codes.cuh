@@ -2,10 +2,10 @@
 // exponent makes it 1024 + code * 2^p, and one fused multiply-add makes the centred number of it, exactly.
 //
 //   half   0 11001 mmmmmmmmmm     0x6400 | code << p  =  1024 + code 2^p       2 <= p, p + bits <= 10
-//   hfma2  x 2^-p - (1024 2^-p + offset)  =  code - offset                     both constants are fp16 numbers when p >= 2
+//   hfma2  x 2^-p - (1024 2^-p + offset)  =  code - offset                   both constants are fp16 numbers, as p >= 2
 //
-// An operand register holds two halves, and unpack() makes eight of them at a time from a Pair: eight codes of one run of
-// channels in the low halves, eight of another in the high ones.
+// An operand register holds two halves, and unpack() makes eight of them at a time from a Pair: eight codes of one run
+// of channels in the low halves, eight of another in the high ones.
 //   keys    the runs are channels 0-7 and 8-15 of one token (q's channels lie in the same order)
 //   values  the runs are the same eight channels of two tokens
 #pragma once
@@ -31,8 +31,8 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
 
 KK_HD constexpr uint32_t twice(uint32_t half) { return half | half << 16; }
 
-// The way of a code that stands at bit B * i of its half (B = 2, 4; of the 2-bit plane for 3): shifted left by `shift`, it
-// stands at bit p. Few different shifts, 2 <= p, and p + bits <= 10.
+// The way of a code that stands at bit B * i of its half (B = 2, 4; of the 2-bit plane for 3): shifted left by `shift`,
+// it stands at bit p. Few different shifts, 2 <= p, and p + bits <= 10.
 //   i     0  1  2  3  4  5  6  7
 //   u2    8  2  4  6  8  2  4  6   = p, after shifts by  8 0 0 0 0 -8 -8 -8
 //   u3    4  2  4  6  4  6  4  6                         4 0 0 0 -4 -4 -8 -8
@@ -96,9 +96,9 @@ __device__ __forceinline__ Pair<B> pair_tokens(const uint32_t* a, uint32_t a_hig
   return out;
 }
 
-// fp16 (1024, 1024). It comes to kernels as an argument and through shared memory, so that the compilers see a variable in a
-// register: of (a & mask) | constant ptxas makes two instructions, of (a & mask) | register one, and this is a third of all
-// that unpacks 2-bit codes.
+// fp16 (1024, 1024). It comes to kernels as an argument and through shared memory, so that the compilers see a variable
+// in a register: of (a & mask) | constant ptxas makes two instructions, of (a & mask) | register one, and this is a
+// third of all that unpacks 2-bit codes.
 constexpr uint32_t kBias = twice(0x6400);
 
 // out[i] = code - offset of the two runs' channel i; `Half`: code / 2 instead (kivi2). `bias` is kBias.

@@ -1,22 +1,22 @@
 // Decode attention on pages of any mix of formats.
 //
-// A block works on a segment: (sequence, KV head, row tile, range of units), a unit being up to 64 tokens of one page. Its
-// warps take the units in turn, each with its own cp.async pipeline and its own online softmax, and do not wait for each
-// other before the end of the segment, where their states are merged. Rows are (query token, head of the group) pairs.
+// A block works on a segment: (sequence, KV head, row tile, range of units), a unit being up to 64 tokens of one page.
+// Its warps take the units in turn, each with its own cp.async pipeline and its own online softmax, and do not wait for
+// each other before the end of the segment, where their states are merged. Rows are (query token, head of the group).
 //
-// Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that a group of 1 to 8 heads wastes half as much as
-// with the roles exchanged:
+// Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that a group of 1 to 8 heads wastes half as
+// much as with the roles exchanged:
 //   S^T [16 tokens x 8 rows] = K [16 x D] Q^T        O^T [D x 8 rows] += V^T [D x 16 tokens] P^T
-// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: four lanes that read tokens 0 2 4 6 of 32 bytes would meet in
-// the same banks of shared memory, those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
+// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: lanes that read tokens 0 2 4 6 of 32 bytes would meet in the
+// same banks of shared memory, those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
 //
-// Scales stay out of the products: those of K go on the scores, those of V on the weights, which become fp16 with a power of
-// two common to the warp. Packed formats sum in the rotated basis; the sums of different bases are brought to the plain one
-// when a warp goes from one to another, and at the end.
+// Scales stay out of the products: those of K go on the scores, those of V on the weights, which become fp16 with a
+// power of two common to the warp. Packed formats sum in the rotated basis; sums of different bases are brought to the
+// plain one when a warp goes from one to another, and at the end.
 //
 // Schedule: blocks take equal shares of all units, so that at most two segments of a block are parts of a (sequence, KV
 // head, row tile); those go to the workspace and a second kernel merges them. Both kernels find the shares by the same
-// arithmetic from seq_lens: no plan, no atomics. With split_tokens the segments are fixed intervals, whatever the batch.
+// arithmetic from seq_lens: no plan, no atomics. With split_tokens segments are fixed intervals, whatever the batch.
 // Source: equal shares as in FlashMLA's get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge).
 #include "kvkernels/ops/quant_attention.h"
 
@@ -33,8 +33,8 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-// The running maximum before a score was seen. Finite, so that a difference of two is never NaN; a row whose scores are all
-// masked keeps it and has l = 0.
+// The running maximum before a score was seen. Finite, so that a difference of two is never NaN; a row whose scores are
+// all masked keeps it and has l = 0.
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kNoFactor = 1099511627776.0f;  // 2^40: the first scale above 0 exceeds what this allows
 constexpr uint32_t kHalves = twice(0x3800);    // fp16 (0.5, 0.5)
@@ -67,7 +67,7 @@ struct Plan {
   int unit;                    // tokens; divides page_size and split_tokens, or is 16
   int64_t splits;              // of a sequence, at most; 0: equal shares
   int blocks, warps, stages;
-  // Shared memory: queries of each kind | per warp: scores of a stage, stages, sums (over the stages if the basis is one)
+  // Shared memory: queries of each kind | per warp: scores of a stage, stages, sums (over the stages if they may)
   int queries[kQueryKinds];  // offset; < 0: not needed
   int warps_offset, warp_bytes, stages_offset, stage_bytes, sums_offset;
   uint32_t page_magic;  // x / page_size = x * page_magic >> page_shift for 0 <= x < 2^31
@@ -126,7 +126,7 @@ struct Splits {
   }
 };
 
-// Equal shares: block k of n has the units [all k / n, all (k + 1) / n) of the list (sequence, KV head, row tile, unit).
+// Equal shares: block k of n has units [all k / n, all (k + 1) / n) of the list (sequence, KV head, row tile, unit).
 struct Shares {
   int64_t all, n;
   __device__ Shares(const Params& p, int64_t units) : all(units) {
@@ -254,7 +254,7 @@ struct Tile {
   static constexpr int kPitch = D * 2 + 16;         // bytes of a 16-bit row in a stage: 8 rows, all banks
   static constexpr int kSumPitch = D + 4;           // floats of a row of sums
   static constexpr int kGroup = D < 128 ? D : 128;  // channels that share a scale
-  static constexpr int kGroups = D / kGroup;
+  [[maybe_unused]] static constexpr int kGroups = D / kGroup;
   static constexpr int kHeader = 16;  // of a stage: position of its first token, pool
 };
 
@@ -422,7 +422,7 @@ struct Warp {
     next_array(arrays.array[2], small);
   }
 
-  // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, because 0 * NaN is NaN.
+  // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, as 0 * NaN is NaN.
   __device__ void copy_rows(uint8_t* to, const uint8_t* row) const {
     constexpr int pieces = D / 8;
     const uint32_t dst = ptx::smem_u32(to);
@@ -489,8 +489,9 @@ struct Warp {
     return __half2float(reinterpret_cast<const __half*>(p)[i]);
   }
 
-  // Scores of tile i as the mma leaves them: (token g, rows 2 c and 2 c + 1), (token g + 8, the same). They wait in shared
-  // memory between K and V, so that either side goes through all tiles of a stage at a time. Each lane has its own.
+  // Scores of tile i as the mma leaves them: (token g, rows 2 c and 2 c + 1), (token g + 8, the same). They wait in
+  // shared memory between K and V, so that either side goes through all tiles of a stage at a time. Each lane has its
+  // own.
   __device__ float4* scores_of(int i, int nt) const { return tile_scores + (i * NT + nt) * 32 + lane; }
 
   // Products with scaled queries -> scores, in units of log 2; top: the largest of this lane.
@@ -957,8 +958,8 @@ struct Warp {
     return step / steps * T::kGroup + g * (T::kGroup / 8) + 2 * (step % steps) + which;
   }
 
-  // acc is added to `sums` and cleared; m and l go to `state`. Sums of different bases meet in the plain one: what is there
-  // is rotated before rotated sums are added, and all of it back.
+  // acc is added to `sums` and cleared; m and l go to `state`. Sums of different bases meet in the plain one: what is
+  // there is rotated before rotated sums are added, and all of it back.
   __device__ void flush() {
     const bool rotate = Packed && basis == kRotatedBasis && p.plan.mixed_basis;
     if (rotate && sums_used) rotate_sums();
@@ -1370,7 +1371,7 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
   }
   plan.rotate_at_end = all_rotated;
 
-  // As many blocks on an SM as registers allow if three stages fit, else fewer; then smaller units, at last fewer warps.
+  // As many blocks on an SM as registers allow if three stages fit, else fewer; then smaller units, then fewer warps.
   const int block_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device);
   const int sm_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device);
   constexpr int kReserved = 1024 + 1536;  // bytes that CUDA keeps of an SM for every block, and static variables
