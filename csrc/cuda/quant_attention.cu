@@ -7,8 +7,8 @@
 // Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that a group of 1 to 8 heads wastes half as
 // much as with the roles exchanged:
 //   S^T [16 tokens x 8 rows] = K [16 x D] Q^T        O^T [D x 8 rows] += V^T [D x 16 tokens] P^T
-// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: lanes that read tokens 0 2 4 6 of 32 bytes would meet in the
-// same banks of shared memory, those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
+// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: lanes that read tokens 0 2 4 6 of 32 bytes would meet in
+// the same banks of shared memory, those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
 //
 // Scales stay out of the products: those of K go on the scores, those of V on the weights, which become fp16 with a
 // power of two common to the warp. Packed formats sum in the rotated basis; sums of different bases are brought to the
