@@ -101,8 +101,8 @@ __device__ __forceinline__ Pair<B> pair_tokens(const uint32_t* a, uint32_t a_hig
 // third of all that unpacks 2-bit codes.
 constexpr uint32_t kBias = twice(0x6400);
 
-// out[i] = code - offset of the two runs' channel i; `Half`: code / 2 instead (kivi2). `bias` is kBias.
-template <int B, bool Half = false>
+// out[i] = code - offset of the two runs' channel i; `Quarter`: code / 4 instead (kivi2). `bias` is kBias.
+template <int B, bool Quarter = false>
 __device__ __forceinline__ void unpack(const Pair<B>& x, uint32_t bias, uint32_t (&out)[8]) {
   if constexpr (B == 8) {
 #pragma unroll
@@ -120,8 +120,8 @@ __device__ __forceinline__ void unpack(const Pair<B>& x, uint32_t bias, uint32_t
       const int at = i % per_word, p = code_place(B, at);
       uint32_t m = (shift_left(x.low[i / per_word], code_shift(B, at)) & twice(((1u << plane) - 1u) << p)) | bias;
       if constexpr (B == 3) m |= shift_left(x.high, p + 2 - i) & twice(4u << p);
-      if constexpr (Half)
-        out[i] = fma2(m, twice((14u - p) << 10), twice(0x8000u | (24u - p) << 10));
+      if constexpr (Quarter)
+        out[i] = fma2(m, twice((13u - p) << 10), twice(0x8000u | (23u - p) << 10));
       else
         out[i] = fma2(m, twice((15u - p) << 10), twice(0x8000u | (25u - p) << 10 | twice_offset << p >> 1));
     }

@@ -37,7 +37,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 // all masked keeps it and has l = 0.
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kNoFactor = 1099511627776.0f;  // 2^40: the first scale above 0 exceeds what this allows
-constexpr uint32_t kHalves = twice(0x3800);    // fp16 (0.5, 0.5)
+constexpr uint32_t kQuarters = twice(0x3400);  // fp16 (0.25, 0.25)
+constexpr float kWeightFactor = 32768.0f;      // on weights in fp16, which are at most 1: small ones keep their bits
 constexpr int kMaxWarps = 4;
 constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps idle and make more parts to merge
 constexpr int kMergeBlocks = 1024;         // about as many; every one of them reads seq_lens
@@ -77,8 +78,9 @@ struct Plan {
   bool mixed_basis;    // the pools' V sums have different bases
   bool rotate_at_end;  // all of them are rotated
   bool q_vector, out_vector;
-  uint32_t bias;    // kBias
-  float* partials;  // [2 blocks] or [B, Hkv, row_tiles, splits] slots: sums [8 NT][D], then State [8 NT]
+  float row_factor;  // on the weights of 16-bit values: kWeightFactor, or 1 where bf16 is among them and might overflow
+  uint32_t bias;     // kBias
+  float* partials;   // [2 blocks] or [B, Hkv, row_tiles, splits] slots: sums [8 NT][D], then State [8 NT]
 };
 
 struct Params : QuantAttentionParams {
@@ -359,6 +361,7 @@ struct Warp {
         __syncwarp();  // everybody's copies have landed, and everybody has left the stage that is filled now
       }
       issue(filled);
+      __syncwarp();  // the products below are for whole warps
       filled = filled + 1 == n_stages ? 0 : filled + 1;
       if (step < 0) continue;
       uint8_t* stage = stages + used * p.plan.stage_bytes;
@@ -431,7 +434,8 @@ struct Warp {
       const int r = i / pieces, at = i % pieces * 16;
       const auto from = reinterpret_cast<const uint8_t*>(
           __shfl_sync(kWholeWarp, static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(row)), r));
-      ptx::cp_async<16>(dst + r * T::kPitch + at, from + (from ? at : 0), from != nullptr);
+      // nothing is read from p.q, but it is an address that exists
+      ptx::cp_async<16>(dst + r * T::kPitch + at, from ? from + at : p.q, from != nullptr);
     }
   }
 
@@ -648,7 +652,7 @@ struct Warp {
     }
   }
 
-  // On half of every key, because zero + 3 scale, rounded up, may exceed what fp16 holds.
+  // On a quarter of every key, because zero + 3 scale may exceed what fp16 holds.
   __device__ void kivi2_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
     constexpr int bytes = T::kGroup / 16;
     const uint8_t* scales = t.k + t.count * (D / 4);
@@ -674,7 +678,7 @@ struct Warp {
           for (int j = 0; j < 8; ++j) {
             const uint32_t both = j % 2 == 0 ? 0x5410 : 0x7632;  // channels j and j + 8
             const uint32_t s = __byte_perm(scale[j / 2], scale[j / 2 + 4], both);
-            const uint32_t z = fma2(__byte_perm(zero[j / 2], zero[j / 2 + 4], both), kHalves, 0u);
+            const uint32_t z = fma2(__byte_perm(zero[j / 2], zero[j / 2 + 4], both), kQuarters, 0u);
             xa[j] = fma2(xa[j], s, z);
             xb[j] = fma2(xb[j], s, z);
           }
@@ -684,7 +688,7 @@ struct Warp {
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[nt][j] *= 2.0f;
+        for (int j = 0; j < 4; ++j) x[nt][j] *= 4.0f;
       keep_scores(i, x, add, top);
     }
   }
@@ -780,6 +784,10 @@ struct Warp {
     float w[NT][4];
     uint32_t b[NT][2];
     weights_of(0, w);
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[nt][j] *= p.plan.row_factor;
     operands<Bf16>(w, b);
     // matrices 0 1: channels 0-7 and 8-15 of tokens 0-7; 2 3: of tokens 8-15
     const uint32_t at = ptx::smem_u32(t.v) + (token_of(lane % 8) + (lane >> 4) * 8) * T::kPitch + (lane & 8) * 2;
@@ -888,7 +896,7 @@ struct Warp {
     }
   }
 
-  // On half of every value, as kivi2_scores, and twice the weights.
+  // On a quarter of every value, as kivi2_scores.
   __device__ void kivi2_values(const Tokens& t) {
     constexpr int bytes = T::kGroup / 32, groups = D / 32;
     uint8_t* scales = t.v + t.count * (D / 4);
@@ -902,7 +910,7 @@ struct Warp {
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) w[nt][j] *= 2.0f;
+        for (int j = 0; j < 4; ++j) w[nt][j] *= kWeightFactor;
       uint32_t b[NT][2];
       operands<false>(w, b);
 #pragma unroll
@@ -922,7 +930,7 @@ struct Warp {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             unpack<2, true>(pair_tokens<2>(x[2 * h], 0, x[2 * h + 1], 0, n), bias, v[h]);
-            const uint32_t zero = fma2(z[2 * h] | z[2 * h + 1] << 16, kHalves, 0u);
+            const uint32_t zero = fma2(z[2 * h] | z[2 * h + 1] << 16, kQuarters, 0u);
 #pragma unroll
             for (int j = 0; j < 8; ++j) v[h][j] = fma2(v[h][j], s[2 * h] | s[2 * h + 1] << 16, zero);
           }
@@ -963,7 +971,9 @@ struct Warp {
   __device__ void flush() {
     const bool rotate = Packed && basis == kRotatedBasis && p.plan.mixed_basis;
     if (rotate && sums_used) rotate_sums();
-    const float factor = basis == kRotatedBasis ? 1.0f / v_factor : 1.0f;
+    const float factor = basis == kRotatedBasis ? 1.0f / v_factor
+                         : basis == kPlainBasis ? 4.0f / kWeightFactor
+                                                : 1.0f / p.plan.row_factor;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
@@ -1150,7 +1160,10 @@ __device__ __forceinline__ Segment next_segment(const Params& p, Walk& walk, int
       walk.at += gridDim.x;
       const Splits s(p, v);
       const int64_t split = at % splits;
-      if (split >= s.count) continue;
+      if (split >= s.count) {  // behind the last interval: on to the next sequence, tile or head that is ours
+        walk.at = at + (splits - split + gridDim.x - 1) / gridDim.x * gridDim.x;
+        continue;
+      }
       item = at / splits % heads;
       first = s.begin(split);
       count = s.begin(split + 1) - first;
@@ -1362,11 +1375,13 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
 
   for (int& offset : plan.queries) offset = -1;
   bool all_rotated = true;
+  plan.row_factor = kWeightFactor;
   for (int i = 0; i < p.num_pools; ++i) {
     int& offset = plan.queries[queries_for(p.pools[i].k_format)];
     if (offset < 0) offset = plan.warps_offset, plan.warps_offset += T::kQueryBytes;
     const Format v = p.pools[i].v_format, first = p.pools[0].v_format;
     all_rotated &= is_rotated(v);
+    if (v == Format::bf16) plan.row_factor = 1.0f;
     plan.mixed_basis |= is_rotated(v) != is_rotated(first) || is_packed(v) != is_packed(first);
   }
   plan.rotate_at_end = all_rotated;
