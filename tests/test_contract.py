@@ -131,6 +131,22 @@ def test_records_and_caches_agree() -> None:
         torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
 
 
+def test_kivi2_decodes_to_numbers_that_float16_has_not() -> None:
+    """zero + 3 * scale goes up to four times the largest float16."""
+    gen = torch.Generator().manual_seed(0)
+    page = (2e5 * torch.rand(1, 2, 2, 16, 64, generator=gen)).bfloat16()  # [page, head, side, token, channel]
+    kivi2 = kk.format("kivi2")
+    pools = (page.flatten(2).view(torch.uint8), torch.zeros(1, 2, kivi2.page_bytes(16, 64), dtype=torch.uint8))
+    kv = kk.PagedKV(pools, (kk.format("bf16"), kivi2), 16)
+    kk.pack_pages(kv, 0, 1, torch.tensor([[0, 0]], dtype=torch.int32))
+    q = 1e-6 * torch.randn(1, 4, 64, generator=gen).bfloat16()
+    args = q, kv, torch.tensor([[1 << 28]], dtype=torch.int32), torch.tensor([16], dtype=torch.int32)
+    reference = OPS["quant_attention"].reference
+    exact = reference(*args)
+    assert exact.abs().max() > 70000
+    assert_as_good_as(kk.quant_attention(*args), reference(*args, dtype=torch.bfloat16), exact)
+
+
 def test_one_pool_in_two_halves_merges_to_the_whole() -> None:
     case = {"Tq": 1, "Hq": 4, "Hkv": 2, "D": 128, "page_size": 16, "lens": (96, 160), "dtype": "float32",
             "formats": ("u2",), "transform": True}  # fmt: skip
