@@ -23,6 +23,8 @@
 #define KK_SHARED(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__
 #endif
 
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace kk::cuda {
@@ -30,7 +32,7 @@ namespace kk::cuda {
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // forgets it: the next launch of this thread would be blamed for it
-  fail(cudaGetErrorString(error));
+  throw std::runtime_error(std::string("kvkernels: CUDA: ") + cudaGetErrorString(error));
 }
 
 // An attribute of a device, such as cudaDevAttrMultiProcessorCount: a lookup in the driver, no synchronisation.
