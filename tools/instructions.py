@@ -103,7 +103,7 @@ def page(arch: str, loops: list[Loop]) -> str:
         "",
         "Written by `python tools/instructions.py --write bench/results/instructions.md`: "
         f"sm_{arch}, D 128, up to 8 query rows per KV",
-        "head, counted in the loops over 16 tokens of one KV head. What a page costs once besides (its copy, its entry,",
+        "head, counted in the loops over 16 tokens of one KV head. What a page costs once besides (copy, entry,",
         "the maximum of its scores) is not in here. Nothing was measured on hardware.",
         "",
         "The last column is what an SM may issue per element while an H100 reads at "
