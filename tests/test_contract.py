@@ -147,6 +147,19 @@ def test_kivi2_decodes_to_numbers_that_float16_has_not() -> None:
     assert_as_good_as(kk.quant_attention(*args), reference(*args, dtype=torch.bfloat16), exact)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_rotated_queries_keep_their_bits(seed: int) -> None:
+    """Large scores over few keys: a float16 query, once rotated, has more bits than float16 holds."""
+    op = OPS["quant_attention"]
+    case = {"Tq": 1, "Hq": 8, "Hkv": 2, "D": 128, "page_size": 16, "lens": (3,), "dtype": "float16",
+            "formats": ("u4",), "transform": True, "scale": 1.0}  # fmt: skip
+    args, options = op.make(case, seed)
+    exact = op.reference(*args, **options)
+    plain = op.reference(*args, **options, dtype=torch.float16)
+    for got, near, truth in zip(kk.quant_attention(*args, **options), plain, exact):
+        assert_as_good_as(got, near, truth)
+
+
 def test_one_pool_in_two_halves_merges_to_the_whole() -> None:
     case = {"Tq": 1, "Hq": 4, "Hkv": 2, "D": 128, "page_size": 16, "lens": (96, 160), "dtype": "float32",
             "formats": ("u2",), "transform": True}  # fmt: skip

@@ -15,7 +15,7 @@ constexpr int kMaxWarps = 4;
 constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps idle and make more parts to merge
 
 // The queries that the K side of a format is multiplied with. Each kind that the pools need is made once per segment.
-enum Queries : int { kQueriesF16, kQueriesBf16, kQueriesRotated, kQueriesPlain, kQueryKinds };
+enum Queries : int { kQueriesF16, kQueriesBf16, kQueriesRotated, kQueriesRotatedRest, kQueriesPlain, kQueryKinds };
 
 // One side of a page of packed format is up to three arrays. In a stage they lie behind each other.
 struct SideArray {

@@ -46,7 +46,8 @@ struct Tile {
   static constexpr int kSumPitch = D + 4;           // floats of a row of sums
   static constexpr int kGroup = D < 128 ? D : 128;  // channels that share a scale
   [[maybe_unused]] static constexpr int kGroups = D / kGroup;
-  static constexpr int kHeader = 16;  // of a stage: position of its first token, pool
+  static constexpr bool kTwoTerms = D * NT < 512;  // rotated float16 queries as two fp16 numbers; more would spill
+  static constexpr int kHeader = 16;               // of a stage: position of its first token, pool
 };
 
 __device__ __forceinline__ bool is_rows(Format f) { return f == Format::bf16 || f == Format::f16; }
@@ -418,7 +419,10 @@ struct Warp {
           uint32_t xa[8], xb[8];
           unpack<B>(pair_channels<B>(wa, ha[0], n), bias, xa);
           unpack<B>(pair_channels<B>(wb, hb[0], n), bias, xb);
-          channel_scores(kQueriesRotated, group * (T::kGroup / 16) + 4 * n, xa, xb, part);
+          const int first_step = group * (T::kGroup / 16) + 4 * n;
+          channel_scores(kQueriesRotated, first_step, xa, xb, part);
+          if constexpr (T::kTwoTerms)
+            if (p.plan.queries[kQueriesRotatedRest] >= 0) channel_scores(kQueriesRotatedRest, first_step, xa, xb, part);
         }
         const float s[2] = {half_at(scales, a * T::kGroups + group), half_at(scales, b * T::kGroups + group)};
 #pragma unroll
@@ -852,6 +856,10 @@ __device__ __forceinline__ void make_queries(const Params& p, const Segment& seg
           const int step = group * (T::kGroup / 16) + 4 * n + i / 2;
           if (rotate)
             reinterpret_cast<__half*>(word(kQueriesRotated, step, i % 2, c))[high] = __float2half_rn(rotated[i]);
+          if constexpr (T::kTwoTerms)
+            if (p.plan.queries[kQueriesRotatedRest] >= 0)
+              reinterpret_cast<__half*>(word(kQueriesRotatedRest, step, i % 2, c))[high] =
+                  __float2half_rn(rotated[i] - __half2float(__float2half_rn(rotated[i])));
           if (p.plan.queries[kQueriesPlain] >= 0)
             reinterpret_cast<__half*>(word(kQueriesPlain, step, i % 2, c))[high] = __float2half_rn(x[i]);
         }

@@ -287,8 +287,15 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
   bool all_rotated = true;
   plan.row_factor = kWeightFactor;
   for (int i = 0; i < p.num_pools; ++i) {
-    int& offset = plan.queries[queries_for(p.pools[i].k_format)];
-    if (offset < 0) offset = plan.warps_offset, plan.warps_offset += T::kQueryBytes;
+    const auto need = [&](Queries kind) {
+      if (plan.queries[kind] >= 0) return;
+      plan.queries[kind] = plan.warps_offset;
+      plan.warps_offset += T::kQueryBytes;
+    };
+    const Queries kind = queries_for(p.pools[i].k_format);
+    need(kind);
+    // A rotated float16 query has more than the 11 bits it came with; bf16 ones come with 8.
+    if (kind == kQueriesRotated && p.dtype == DType::f16) need(kQueriesRotatedRest);
     const Format v = p.pools[i].v_format, first = p.pools[0].v_format;
     all_rotated &= is_rotated(v);
     if (v == Format::bf16) plan.row_factor = 1.0f;
@@ -323,9 +330,9 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
 
 template <typename F>
 void with_tile(const QuantAttentionParams& p, F&& f) {
-  const bool small = p.Tq * (p.Hq / p.Hkv) <= 8;
+  const bool two_terms = p.dtype == DType::f16 && any_packed(p);
   one_of<64, 80, 96, 112, 128, 192, 256>("quant_attention: head_dim", p.D, [&](auto d) {
-    if (small)
+    if (p.Tq * (p.Hq / p.Hkv) <= 8 || (two_terms && !Tile<d.value, 2>::kTwoTerms))
       f(d, Int<1>{});
     else
       f(d, Int<2>{});
