@@ -1,5 +1,5 @@
 // quant_attention: schema, checks, workspace.
-#include "kvkernels/ops/quant_attention.h"
+#include "kvkernels/ops/attention.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -16,7 +16,7 @@ namespace {
 
 // Lengths and page ids of a CPU call are visible, so a bad one is an error and not a read outside the pool. One compare per
 // page, against all its tokens. Pages before a sliding window are not looked at; the caller may have freed them.
-void check_pages(const Check& c, const QuantAttentionParams& p) {
+void check_pages(const Check& c, const AttentionParams& p) {
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t len = p.seq_lens[b];
     if (len < 0) c.refuse("seq_lens[", b, "] = ", len, " is negative");
@@ -52,7 +52,7 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
   }
   const char* const q_shape = several ? "B Tq Hq D" : "B Hq D";
   const View q = c.is("q", q_arg, kFloats, q_shape);
-  QuantAttentionParams p{};
+  AttentionParams p{};
   p.B = q.size[0];
   p.Tq = several ? q.size[1] : 1;
   p.Hq = q.size[q.dim - 2];
@@ -76,6 +76,8 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
   p.num_pools = static_cast<int>(formats.size());
   p.page_size = page_size;
   p.Hkv = pools[0].size(1);
+  p.k_share = p.v_share = 1;
+  p.Dv = p.D;
   if (p.Hkv < 1 || p.Hq % p.Hkv)
     c.refuse("Hq must be a multiple of Hkv; Hq = ", p.Hq, " from q.size(", q.dim - 2, "), Hkv = ", p.Hkv,
              " from pool 0");
@@ -121,9 +123,9 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
   if (c.on_cpu()) check_pages(c, p);
 
   on_device(c, [&](const auto& exec) {
-    const Workspace workspace(c, backend::quant_attention_workspace(p, exec));
+    const Workspace workspace(c, backend::attention_workspace(p, exec));
     p.workspace = workspace.data();
-    backend::quant_attention(p, exec);
+    backend::attention(p, exec);
   });
 }
 

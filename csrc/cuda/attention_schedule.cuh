@@ -7,7 +7,7 @@
 // Source: equal shares as in FlashMLA's get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge).
 #pragma once
 #include "cuda/rows.cuh"
-#include "kvkernels/ops/quant_attention.h"
+#include "kvkernels/ops/attention.h"
 
 namespace kk::cuda {
 
@@ -52,7 +52,7 @@ struct Plan {
   float* partials;   // [2 blocks] or [B, Hkv, row_tiles, splits] slots: sums [8 NT][D], then State [8 NT]
 };
 
-struct Params : QuantAttentionParams {
+struct Params : AttentionParams {
   Plan plan;
 };
 

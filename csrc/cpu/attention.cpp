@@ -9,7 +9,7 @@
 //   u4 u3 u2 without AVX2  decoded to fp32 rows first
 // Rotated formats see q' = H diag(1/t) q and give their sums in the rotated basis; every pool has its own sums, and they
 // are brought to the plain basis once, at the end of the task. Intervals of one sequence are merged by their (max, sum).
-#include "kvkernels/ops/quant_attention.h"
+#include "kvkernels/ops/attention.h"
 
 #include "cpu/ahead.h"
 #include "cpu/codec.h"
@@ -59,12 +59,12 @@ struct Grid {
 };
 
 // First token that any query row sees.
-int64_t visible_begin(const QuantAttentionParams& p, int64_t len) {
+int64_t visible_begin(const AttentionParams& p, int64_t len) {
   const int64_t first = len - p.Tq - p.window_left;
   return p.window_left >= 0 && first > 0 ? first : 0;
 }
 
-int64_t num_intervals(const QuantAttentionParams& p, int64_t b, int64_t split) {
+int64_t num_intervals(const AttentionParams& p, int64_t b, int64_t split) {
   const int64_t len = p.seq_lens[b];
   if (len <= 0) return 1;
   return (len - 1) / split - visible_begin(p, len) / split + 1;
@@ -121,7 +121,7 @@ struct Task {
   static constexpr int64_t kGroups = D / kGroup;
   static constexpr bool kPackedDim = D == 64 || D == 128 || D == 256;
 
-  const QuantAttentionParams& p;
+  const AttentionParams& p;
   int rows;
   int64_t len, first_row, group;
   float *q, *q_rot, *q_mu, *s, *p_top, *m, *l, *out_rows, *decoded;
@@ -139,13 +139,13 @@ struct Task {
   bool rot_ready = false;
   const float* slopes = nullptr;  // ALiBi slopes of this task's query group
 
-  static int64_t scratch_bytes(const QuantAttentionParams& p, int64_t rows) {
+  static int64_t scratch_bytes(const AttentionParams& p, int64_t rows) {
     Arena a{nullptr};
     Task t(p, a, static_cast<int>(rows));
     return a.used;
   }
 
-  Task(const QuantAttentionParams& params, Arena& a, int max_rows) : p(params), rows(max_rows) {
+  Task(const AttentionParams& params, Arena& a, int max_rows) : p(params), rows(max_rows) {
     q = a.take<float>(rows * D);
     out_rows = a.take<float>(rows * D);
     q_bf16 = p.dtype == DType::bf16 && cpu::has_avx512bf16() ? a.take<uint16_t>(rows * D) : nullptr;
@@ -818,7 +818,7 @@ struct Task {
 // ---- results
 
 // Query head `head` of token t: out = sum * f.
-void store_out(const QuantAttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float f) {
+void store_out(const AttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float f) {
   const int64_t at = b * p.out_batch + t * p.out_token + head * p.out_head;
   for (int64_t i = 0; i < p.D; i += F::W) {
     const F x = F::load(sum + i) * F::fill(f);
@@ -832,7 +832,7 @@ void store_out(const QuantAttentionParams& p, int64_t b, int64_t t, int64_t head
 }
 
 // sum, m and l of one query row -> out and lse. A sink logit joins the denominator only.
-void write_row(const QuantAttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float m, float l) {
+void write_row(const AttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float m, float l) {
   float f = 0.0f, lse = -INFINITY;
   if (l > 0.0f || l != l) {
     f = 1.0f / l;
@@ -856,7 +856,7 @@ void write_row(const QuantAttentionParams& p, int64_t b, int64_t t, int64_t head
 constexpr int64_t kSerialTokens = 2048;
 constexpr int64_t kMinSplit = 256;  // tokens that pay for preparing the queries again and for merging
 
-Grid make_grid(const QuantAttentionParams& p, const CpuExec& exec, Arena& arena, bool fill) {
+Grid make_grid(const AttentionParams& p, const CpuExec& exec, Arena& arena, bool fill) {
   Grid g{};
   g.group = p.Hq / p.Hkv;
   g.rows = p.Tq * g.group;
@@ -884,7 +884,7 @@ Grid make_grid(const QuantAttentionParams& p, const CpuExec& exec, Arena& arena,
   g.tasks = tasks;
   if (g.threads > tasks) g.threads = static_cast<int>(tasks);
   const int64_t block_rows = g.rows < kMaxRows ? g.rows : kMaxRows;
-  one_of<64, 80, 96, 112, 128, 192, 256>("quant_attention: head_dim", p.D, [&](auto d) {
+  one_of<64, 80, 96, 112, 128, 192, 256>("attention: head_dim", p.D, [&](auto d) {
     constexpr int64_t D = decltype(d)::value;
     g.scratch_bytes =
         p.dtype == DType::f32 ? Task<D, 3>::scratch_bytes(p, block_rows) : Task<D, 2>::scratch_bytes(p, block_rows);
@@ -895,7 +895,7 @@ Grid make_grid(const QuantAttentionParams& p, const CpuExec& exec, Arena& arena,
 }
 
 struct Job {
-  const QuantAttentionParams& p;
+  const AttentionParams& p;
   const Grid& g;
   int64_t next;  // shared counter
 
@@ -915,7 +915,7 @@ struct Job {
 
 template <int64_t D, int DIGITS>
 void run_tasks(Job& job, int thread) {
-  const QuantAttentionParams& p = job.p;
+  const AttentionParams& p = job.p;
   const Grid& g = job.g;
   Arena arena{g.scratch + thread * g.scratch_bytes};
   Task<D, DIGITS> task(p, arena, static_cast<int>(g.rows < kMaxRows ? g.rows : kMaxRows));
@@ -942,7 +942,7 @@ void run_tasks(Job& job, int thread) {
 
 // Merges the intervals of the sequences that were cut, in their order.
 void run_merges(Job& job) {
-  const QuantAttentionParams& p = job.p;
+  const AttentionParams& p = job.p;
   const Grid& g = job.g;
   const int64_t heads = p.Hkv * g.row_blocks;
   float sum[256];
@@ -974,13 +974,13 @@ void run_merges(Job& job) {
 
 }  // namespace
 
-int64_t quant_attention_workspace_cpu(const QuantAttentionParams& p, const CpuExec& exec) {
+int64_t attention_workspace_cpu(const AttentionParams& p, const CpuExec& exec) {
   Arena arena{nullptr};
   make_grid(p, exec, arena, false);
   return arena.used;
 }
 
-void quant_attention_cpu(const QuantAttentionParams& p, const CpuExec& exec) {
+void attention_cpu(const AttentionParams& p, const CpuExec& exec) {
   if (p.B == 0 || p.Hq == 0 || p.Tq == 0) return;
   Arena arena{static_cast<uint8_t*>(p.workspace)};
   const Grid g = make_grid(p, exec, arena, true);
@@ -1005,5 +1005,5 @@ void quant_attention_cpu(const QuantAttentionParams& p, const CpuExec& exec) {
 
 KK_END
 
-KK_CPU_ENTRY(quant_attention, QuantAttentionParams)
-KK_CPU_ENTRY_R(int64_t, quant_attention_workspace, QuantAttentionParams)
+KK_CPU_ENTRY(attention, AttentionParams)
+KK_CPU_ENTRY_R(int64_t, attention_workspace, AttentionParams)

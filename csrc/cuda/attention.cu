@@ -195,14 +195,14 @@ bool is_rotated(Format f) {
   return rotated;
 }
 
-bool any_packed(const QuantAttentionParams& p) {
+bool any_packed(const AttentionParams& p) {
   bool packed = false;
   for (int i = 0; i < p.num_pools; ++i) packed |= is_packed(p.pools[i].k_format) || is_packed(p.pools[i].v_format);
   return packed;
 }
 
-void check_pools(const QuantAttentionParams& p) {
-  const auto refuse = [](const std::string& message) { fail(("quant_attention: " + message).c_str()); };
+void check_pools(const AttentionParams& p) {
+  const auto refuse = [](const std::string& message) { fail(("attention: " + message).c_str()); };
   if (p.dtype != DType::f16 && p.dtype != DType::bf16) refuse("q must be float16 or bfloat16 on CUDA, got float32");
   for (int i = 0; i < p.num_pools; ++i) {
     const Pool& pool = p.pools[i];
@@ -210,8 +210,8 @@ void check_pools(const QuantAttentionParams& p) {
     if (p.dtype == DType::f16 && (pool.k_format == Format::bf16 || pool.v_format == Format::bf16))
       refuse("q is float16, but " + name +
              " holds bf16, whose numbers may not fit float16; on CUDA use bfloat16 queries with it");
-    require_aligned16("quant_attention: " + name + ", keys", pool.k, pool.k_page, pool.k_head, pool.k_token);
-    require_aligned16("quant_attention: " + name + ", values", pool.v, pool.v_page, pool.v_head, pool.v_token);
+    require_aligned16("attention: " + name + ", keys", pool.k, pool.k_page, pool.k_head, pool.k_token);
+    require_aligned16("attention: " + name + ", values", pool.v, pool.v_page, pool.v_head, pool.v_token);
     if (p.page_size % 16 != 0 && (pool.k_format != p.pools[0].k_format || pool.v_format != p.pools[0].v_format))
       refuse("page_size " + std::to_string(p.page_size) +
              " is not a multiple of 16, so on CUDA all pools must have one format; pool 0 and " + name + " differ");
@@ -248,7 +248,7 @@ Queries queries_for(Format k) {
 
 // What a stage holds when a unit is so many tokens.
 template <int D, int NT>
-void set_unit(Plan& plan, const QuantAttentionParams& p, int unit) {
+void set_unit(Plan& plan, const AttentionParams& p, int unit) {
   using T = Tile<D, NT>;
   plan.unit = unit;
   plan.stages_offset = unit / 16 * NT * 32 * static_cast<int>(sizeof(float4));
@@ -272,7 +272,7 @@ void set_unit(Plan& plan, const QuantAttentionParams& p, int unit) {
 }
 
 template <int D, int NT>
-Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
+Plan make_plan(const AttentionParams& p, const CudaExec& exec) {
   using T = Tile<D, NT>;
   Plan plan{};
   plan.bias = kBias;
@@ -325,13 +325,13 @@ Plan make_plan(const QuantAttentionParams& p, const CudaExec& exec) {
         for (int stages = 4; stages >= (blocks > 1 ? 3 : 2); --stages)
           if (fits(warps, blocks, stages)) return plan;
     }
-  fail("quant_attention: head_dim is too large for the shared memory of this GPU");
+  fail("attention: head_dim is too large for the shared memory of this GPU");
 }
 
 template <typename F>
-void with_tile(const QuantAttentionParams& p, F&& f) {
+void with_tile(const AttentionParams& p, F&& f) {
   const bool two_terms = p.dtype == DType::f16 && any_packed(p);
-  one_of<64, 80, 96, 112, 128, 192, 256>("quant_attention: head_dim", p.D, [&](auto d) {
+  one_of<64, 80, 96, 112, 128, 192, 256>("attention: head_dim", p.D, [&](auto d) {
     if (p.Tq * (p.Hq / p.Hkv) <= 8 || (two_terms && !Tile<d.value, 2>::kTwoTerms))
       f(d, Int<1>{});
     else
@@ -339,14 +339,14 @@ void with_tile(const QuantAttentionParams& p, F&& f) {
   });
 }
 
-int64_t num_slots(const QuantAttentionParams& p, const Plan& plan) {
+int64_t num_slots(const AttentionParams& p, const Plan& plan) {
   return plan.splits ? p.B * plan.row_tiles * p.Hkv * plan.splits : 2 * int64_t(plan.blocks);
 }
 
 template <int D, int NT, bool Packed>
-void launch_all(const QuantAttentionParams& q, const CudaExec& exec) {
+void launch_all(const AttentionParams& q, const CudaExec& exec) {
   Params p{};
-  static_cast<QuantAttentionParams&>(p) = q;
+  static_cast<AttentionParams&>(p) = q;
   p.plan = make_plan<D, NT>(q, exec);
   p.plan.partials = static_cast<float*>(q.workspace);
   p.plan.q_vector = aligned16(q.q, q.q_batch * 2, q.q_token * 2, q.q_head * 2);
@@ -360,7 +360,7 @@ void launch_all(const QuantAttentionParams& q, const CudaExec& exec) {
 
 }  // namespace
 
-int64_t quant_attention_workspace(const QuantAttentionParams& p, const CudaExec& exec) {
+int64_t attention_workspace(const AttentionParams& p, const CudaExec& exec) {
   int64_t bytes = 0;
   with_tile(p, [&](auto d, auto nt) {
     constexpr int D = decltype(d)::value, NT = decltype(nt)::value;
@@ -369,7 +369,7 @@ int64_t quant_attention_workspace(const QuantAttentionParams& p, const CudaExec&
   return bytes;
 }
 
-void quant_attention(const QuantAttentionParams& p, const CudaExec& exec) {
+void attention(const AttentionParams& p, const CudaExec& exec) {
   if (p.B == 0 || p.Hq == 0 || p.Tq == 0) return;
   check_pools(p);
   with_tile(p, [&](auto d, auto nt) {

@@ -1,0 +1,33 @@
+#pragma once
+#include "kvkernels/exec.h"
+#include "kvkernels/plan_node.h"
+
+namespace kk {
+
+// Finds the sequences whose leading page-table entries are equal. Nodes stand in preorder, children by the smallest
+// sequence number below them, and so does `order`; unused nodes are zeros with parent -1. The same on every device.
+struct PlanParams {
+  const int32_t* page_table;  // [B, max_pages], rows table_stride apart; null: nothing is shared
+  int64_t max_pages, table_stride, page_size;
+  const int32_t* seq_lens;  // [B]
+  int64_t B;
+  int64_t num_queries;  // of a sequence: the whole pages among its first seq_lens - num_queries tokens may be shared
+  int64_t
+      min_tokens;   // a node of n sequences with T tokens is kept if T (n - 1) >= min_tokens * n, else its tokens go to
+                    // its children: a node costs every sequence one more partial result
+  PlanNode* nodes;  // [2 B]
+  int32_t* order;   // [B]
+  int32_t* leaf;    // [B]
+  void* workspace;  // plan_workspace(p, exec) bytes, 64-byte aligned
+};
+
+namespace cpu {
+int64_t plan_workspace(const PlanParams& p, const CpuExec& exec);
+void plan(const PlanParams& p, const CpuExec& exec);
+}  // namespace cpu
+namespace cuda {
+int64_t plan_workspace(const PlanParams& p, const CudaExec& exec);
+void plan(const PlanParams& p, const CudaExec& exec);
+}  // namespace cuda
+
+}  // namespace kk
