@@ -38,9 +38,13 @@ class Limits:
     def fma(self, threads: int) -> float:
         return self.native.fma(threads, BITS[self.isa])
 
+    def bf16(self, threads: int) -> float:
+        """Products of bf16 pairs where the machine has them, else the FMA rate."""
+        return self.native.bf16(threads, BITS[self.isa]) or self.fma(threads)
+
     def int8(self, threads: int) -> float:
         """Products of bytes where the ISA has them, else the FMA rate."""
         return self.native.int8(threads, BITS[self.isa], self.isa == "avx512vnni") or self.fma(threads)
 
     def sample(self, threads: int) -> dict[str, float]:
-        return {name: getattr(self, name)(threads) for name in ("read", "copy", "fma", "int8")}
+        return {name: getattr(self, name)(threads) for name in ("read", "copy", "fma", "bf16", "int8")}

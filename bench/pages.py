@@ -34,3 +34,12 @@ def paged(k: Tensor, v: Tensor, name: str, batch: int) -> tuple[kk.PagedKV, Tens
     for copy in range(1, batch):
         data(kv, 1)[order[copy * pages : (copy + 1) * pages]] = data(kv, 1)[first]
     return kk.PagedKV((kv.pools[1],), (kv.formats[1],), PAGE), order.view(batch, pages).int()
+
+
+def scattered(blocks: list[int]) -> Tensor:
+    """A page table whose sequences have so many pages, each anywhere in a pool of sum(blocks)."""
+    order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).int()
+    table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
+    for row, pages in zip(table, order.split(blocks), strict=True):
+        row[: len(pages)] = pages
+    return table

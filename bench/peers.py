@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -32,6 +33,13 @@ def matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = grouped @ k.transpose(-1, -2)
     weights = torch.softmax(scores.float() * d**-0.5, -1).to(v.dtype)
     return (weights @ v).view(b, hq, d)
+
+
+def flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """flex_attention, compiled for the shapes of its first call; a new function forgets those of others."""
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: cast(Tensor, compiled(q.unsqueeze(2), k, v, enable_gqa=True)).squeeze(2)
 
 
 def hf_caches(k: Tensor, v: Tensor, q: Tensor) -> dict[str, Callable[[], Tensor]]:

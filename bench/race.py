@@ -17,7 +17,7 @@ class Contestant:
     """What is timed, and the work it cannot avoid.
 
     `reads` and `copies` are bytes: a copied byte is read once and written once. `rate` names the limit that the flops
-    are held against: fma, or int8 where the products are of bytes. `serial`: the time floor is the sum of memory and
+    are held against: fma, bf16 where both factors are, int8 where the products are of bytes. `serial`: the time floor is the sum of memory and
     arithmetic rather than the larger of the two.
     """
 
@@ -96,11 +96,12 @@ def in_turn(
 def run(race: Race, limits: Limits, min_rounds: int = 5, max_rounds: int = 25, budget: float = 4.0) -> list[Result]:
     """Times a race, the limits of the machine between its runs."""
     torch.set_num_threads(race.threads)
-    rates: dict[str, list[float]] = {"fma": [], "int8": [], "copy": [], "read": []}
+    rates: dict[str, list[float]] = {"fma": [], "bf16": [], "int8": [], "copy": [], "read": []}
     copied = int(max(c.copies for c in race.contestants))
 
     def sample() -> None:
         rates["fma"].append(limits.fma(race.threads))
+        rates["bf16"].append(limits.bf16(race.threads))
         rates["int8"].append(limits.int8(race.threads))
         rates["copy"].append(limits.copy(race.threads, copied))
         rates["read"].append(limits.read(race.threads))  # last, as it empties the caches

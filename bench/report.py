@@ -76,6 +76,7 @@ def limits_line(threads: int, rates: dict[str, float]) -> str:
         ("read", "read", "GB/s"),
         ("copy", "copy", "GB/s"),
         ("fma", "fp32 FMA", "GFLOP/s"),
+        ("bf16", "bf16 dot", "GFLOP/s"),
         ("int8", "int8 dot", "GOP/s"),
     )
     rest = "   ".join(f"{text} {rates[name] / 1e9:.0f} {unit}" for name, text, unit in names)

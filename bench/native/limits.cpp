@@ -1,4 +1,4 @@
-// What this machine can do: read and copy bandwidth, FMA and int8 dot rate, on a given number of threads.
+// What this machine can do: read and copy bandwidth, FMA, bf16 and int8 dot rate, on a given number of threads.
 // Each call takes milliseconds, so that the bench can measure a limit between any two runs of what it limits.
 #include <pybind11/pybind11.h>
 #include <sys/mman.h>
@@ -208,6 +208,22 @@ double fma_rate(int threads, int bits) {
   }
 }
 
+// Products of bf16 pairs summed in fp32, vdpbf16ps. 0 where the machine has none.
+double bf16_rate(int threads, int bits) {
+#if defined(__AVX512BF16__)
+  if (bits == 512) {
+    const double s = timed(threads, [](int) {
+      __m512i a = _mm512_set1_epi16(0x3f80), b = _mm512_set1_epi16(0x3a83);
+      keep(a), keep(b);
+      chains<__m512>([&](__m512 x) { return _mm512_dpbf16_ps(x, (__m512bh)a, (__m512bh)b); });
+    });
+    return 2.0 * (bits / 16) * kChains * kSteps * threads / s;
+  }
+#endif
+  (void)threads, (void)bits;
+  return 0;
+}
+
 // u8 x s8 products: vpdpbusd with VNNI, else vpmaddubsw + vpaddw. 0 where the machine has neither.
 double int8_rate(int threads, int bits, bool vnni) {
   double s = 0;
@@ -256,5 +272,6 @@ PYBIND11_MODULE(kvkernels_limits, m) {
       .def("copy", &Limits::copy, py::arg("threads"), py::arg("bytes"), free)
       .def_property_readonly("bytes", &Limits::bytes);
   m.def("fma", &fma_rate, py::arg("threads"), py::arg("bits"), free);
+  m.def("bf16", &bf16_rate, py::arg("threads"), py::arg("bits"), free);
   m.def("int8", &int8_rate, py::arg("threads"), py::arg("bits"), py::arg("vnni"), free);
 }

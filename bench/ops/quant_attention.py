@@ -37,7 +37,7 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
                     reads,
                     flops,
                     # 2-bit codes can be multiplied as bytes, 16-bit rows cannot
-                    rate="fma" if name == "bf16" else "int8",
+                    rate="bf16" if name == "bf16" else "int8",
                 )
             )
         against = ["bf16"]
@@ -55,6 +55,7 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
                         partial(function, q_same, k_flat, v_flat),
                         size,
                         4.0 * batch * HQ * length * D,
+                        rate="bf16" if short == "bf16" else "fma",
                         peer=True,
                     )
                 )
