@@ -17,8 +17,8 @@ class Contestant:
     """What is timed, and the work it cannot avoid.
 
     `reads` and `copies` are bytes: a copied byte is read once and written once. `rate` names the limit that the flops
-    are held against: fma, bf16 where both factors are, int8 where the products are of bytes. `serial`: the time floor is the sum of memory and
-    arithmetic rather than the larger of the two.
+    are held against: fma, bf16 where both factors are, int8 where the products are of bytes. `serial`: the time floor
+    is the sum of memory and arithmetic rather than the larger of the two.
     """
 
     name: str

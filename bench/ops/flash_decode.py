@@ -51,7 +51,7 @@ def caches(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = HQ // case.group
     blocks = [-(-n // case.page) for n in case.lens]
     table = scattered(blocks)
-    k, v = (torch.randn(sum(blocks), case.page, heads, D).bfloat16() for _ in "kv")
+    k, v = (torch.randn(sum(blocks), case.page, heads, D, dtype=torch.bfloat16) for _ in "kv")
     return k, v, table, torch.tensor(case.lens, dtype=torch.int32)
 
 
@@ -64,7 +64,10 @@ def contiguous(cache: Tensor, table: Tensor, lens: Tensor) -> list[Tensor]:
     return [torch.cat(rows)] if len(set(lens.tolist())) == 1 else rows
 
 
-def each(function: Callable[[Tensor, Tensor, Tensor], Tensor], qs: list[Tensor], ks: list[Tensor], vs: list[Tensor]) -> None:  # fmt: skip
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def each(function: Attention, qs: list[Tensor], ks: list[Tensor], vs: list[Tensor]) -> None:
     for q, k, v in zip(qs, ks, vs, strict=True):
         function(q, k, v)
 

@@ -15,7 +15,7 @@ from bench.race import Contestant, Race
 
 
 class Tree(NamedTuple):
-    """`nodes[i]` runs of `tokens[i]` tokens on level i, shared equally by the runs of the next; the last are sequences."""
+    """nodes[i] runs of tokens[i] tokens on level i, each shared by equally many of the next; the last are sequences."""
 
     nodes: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -36,9 +36,9 @@ CASES = (
     Tree((1, 16), (4096, 128), (32, 4)),
     Tree((1, 16), (4096, 128), format="u2"),
     Tree((4, 32), (4096, 128)),
-    # trees of FastTree's kernel benchmark, the first one with as many leaves as two cores decode in a moment
-    Tree((1, 4, 16, 64), (256, 8, 256, 64), page=8),
-    Tree((1, 4, 16, 64), (256, 8, 256, 64), (32, 32), page=8),
+    # a tree of FastTree's kernel benchmark and its upper levels alone, with two of its pairs of heads
+    Tree((1, 4, 16, 64, 256, 1024), (256, 8, 256, 64, 32, 256), page=8),
+    *(Tree((1, 4, 16, 64), (256, 8, 256, 64), heads, page=8) for heads in ((32, 8), (32, 32))),
     Tree((1, 2, 4, 8, 16, 32), (1024, 512, 256, 128, 64, 32)),
     Tree((1, 16), (0, 4096)),  # nothing is shared
 )
@@ -60,7 +60,7 @@ def table_of(tree: Tree, shared: bool) -> tuple[Tensor, int]:
 
 def pages_of(tree: Tree, count: int) -> kk.PagedKV:
     heads, page = tree.heads[1], tree.page
-    sides = [torch.randn(count, page, heads, D).bfloat16() for _ in "kv"]
+    sides = [torch.randn(count, page, heads, D, dtype=torch.bfloat16) for _ in "kv"]
     kv = kk.PagedKV.from_caches(*sides)
     if tree.format == "bf16":
         return kv
