@@ -1,827 +1,54 @@
-// Decode attention on pages of any mix of formats.
-//
-// A task is (sequence, KV head, interval of tokens); it reads K and V once for the whole query group (rows = Tq * Hq/Hkv).
-// Per chunk of 64 or 128 tokens: scores S [rows][chunk] -> online softmax P -> sums over V. How the two sides of a format
-// are read:
-//   bf16 f16 u8            as fp32 rows (rows.h)
-//   u4 u3 u2               as byte codes against integer digits of q and of p * scale (codes.h), 4 products an instruction
-//   kivi2                  as fp32 rows, the channels' scales and zero points multiplied into q once per page
-//   u4 u3 u2 without AVX2  decoded to fp32 rows first
-// Rotated formats see q' = H diag(1/t) q and give their sums in the rotated basis; every pool has its own sums, and they
-// are brought to the plain basis once, at the end of the task. Intervals of one sequence are merged by their (max, sum).
+// Decode attention on pages of any mix of formats: what one task does (attention_task.h), how a call is cut into tasks
+// (attention_schedule.h), and here the way from their sums to out and lse.
 #include "kvkernels/ops/attention.h"
 
-#include "cpu/ahead.h"
-#include "cpu/codec.h"
-#include "cpu/codes.h"
+#include "cpu/attention_schedule.h"
+#include "cpu/attention_task.h"
 #include "cpu/entry.h"
-#include "cpu/rows.h"
 
 KK_BEGIN
 
 namespace {
 
-template <typename A, typename B>
-constexpr bool same = false;
-template <typename A>
-constexpr bool same<A, A> = true;
-
-constexpr int kMaxRows = 64;  // query rows of a task; larger groups read the pages again
-
-int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
-int64_t round_down(int64_t x, int64_t m) { return x / m * m; }
-
-// Hands out 64-byte aligned pieces of the workspace; with base == nullptr it only counts.
-struct Arena {
-  uint8_t* base;
-  int64_t used = 0;
-  template <typename T>
-  T* take(int64_t n) {
-    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return p;
-  }
-};
-
-// How the call is cut into tasks.
-struct Grid {
-  int threads;
-  int64_t group;       // query heads per KV head
-  int64_t rows;        // Tq * group
-  int64_t row_blocks;  // ceil(rows / kMaxRows)
-  int64_t split;       // tokens of an interval
-  int64_t tasks;
-  int64_t* first_task;     // [B + 1]
-  int64_t* first_partial;  // [B + 1]  (b, h, row block, interval) of the sequences that are cut
-  float* partials;         // [first_partial[B]][kMaxRows or rows][D + 2]
-  uint8_t* scratch;        // [threads][scratch_bytes]
-  int64_t scratch_bytes;
-};
-
-// First token that any query row sees.
-int64_t visible_begin(const AttentionParams& p, int64_t len) {
-  const int64_t first = len - p.Tq - p.window_left;
-  return p.window_left >= 0 && first > 0 ? first : 0;
+// Score of the extra token of (b, g); -inf: none.
+float extra_score(const AttentionParams& p, const float bias, int64_t b, int64_t t, int64_t head, int64_t g) {
+  const int64_t q = b * p.q_batch + t * p.q_token + head * p.q_head;
+  const int64_t k = b * p.extra.k_batch + g * p.extra.k_head;
+  F dot = F::zero();
+  for (int64_t i = 0; i < p.D; i += F::W)
+    dot = fma(load_floats(p.q, p.dtype, q + i), load_floats(p.extra.k, p.dtype, k + i), dot);
+  const float score = dot.fold_sum() * p.scale;
+  return (p.softcap > 0.0f ? p.softcap * tanhf(score / p.softcap) : score) + bias;
 }
 
-int64_t num_intervals(const AttentionParams& p, int64_t b, int64_t split) {
-  const int64_t len = p.seq_lens[b];
-  if (len <= 0) return 1;
-  return (len - 1) / split - visible_begin(p, len) / split + 1;
-}
-
-// x <- H x / sqrt(D)
-template <int64_t D>
-void rotate_row(float* x) {
-  constexpr int N = D / F::W;
-  F v[N];
-  each<N / 2>([&](auto i) {
-    load_split<DType::f32>(reinterpret_cast<const uint8_t*>(x + 2 * F::W * i), v[2 * i], v[2 * i + 1]);
-  });
-  fwht_split<N>(v);
-  each<N>([&](auto i) { (v[i] * F::fill(fwht_scale(D))).store(x + F::W * i); });
-}
-
-// One token of u4, u3 or u2 in fp32, still rotated.
-template <typename Fmt, int64_t D>
-void decode_rotated(const uint8_t* side, int64_t token, int64_t page_size, float* x) {
-  constexpr int N = D / F::W;
-  F c[N];
-  const uint8_t* low = side + token * (D * Fmt::low_bits / 8);
-  const uint8_t* high = side + Fmt::plane1_offset(page_size, D) + token * (D / 8);
-  const uint8_t* scale = side + Fmt::scales_offset(page_size, D) + token * Fmt::groups(D) * 2;
-  for (int i = 0; i < N; i += 4)
-    unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::low_bits, high + i / 4 * (F::W / 2), c + i);
-  for (int i = 0; i < N; ++i) {
-    const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
-    (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
+// Sums over V, their maximum m and mass l of a query row -> out and lse. Sinks and the extra token join here.
+void write_row(const AttentionParams& p, int64_t b, int64_t t, int64_t head, int64_t g, const float* sums, float m,
+               float l) {
+  float f = 0.0f, f_extra = 0.0f, lse = -INFINITY;
+  if (l > 0.0f || l != l) {
+    f = 1.0f / l;
+    lse = m + logf(l);
   }
-}
-
-// ---- one task
-
-// Tokens that lie together in one page.
-struct Piece {
-  const uint8_t* k;  // K side of the page and head (packed) or its first row (16-bit caches: rows k_token apart)
-  const uint8_t* v;
-  int64_t token;  // first token within the page
-  int n, col;     // tokens, and the first one's column in the chunk
-};
-struct Chunk {
-  const Pool* pool;
-  int pool_index;
-  int64_t start;  // position of column 0 in the sequence
-  int n, pieces;
-  Piece piece[kChunk];
-};
-
-template <int64_t D, int DIGITS>
-struct Task {
-  static constexpr int64_t kGroup = D < kScaleGroup ? D : kScaleGroup;  // channels per scale
-  static constexpr int64_t kGroups = D / kGroup;
-  static constexpr bool kPackedDim = D == 64 || D == 128 || D == 256;
-
-  const AttentionParams& p;
-  int rows;
-  int64_t len, first_row, group;
-  float *q, *q_rot, *q_mu, *s, *p_top, *m, *l, *out_rows, *decoded;
-  uint16_t* q_bf16;  // the queries as they came, where the processor can multiply them so; else null
-  uint8_t* codes;
-  struct PoolState {
-    float* acc;      // [rows][lanes] sums over V, in the order and basis the pool's format leaves them in
-    int32_t* words;  // digits of q_rot in the order of the pool's K codes
-    float* step;     // [rows] value of the last digit
-    float* offset;   // [rows][kGroups][DIGITS] offset * sum of digits
-    int64_t lanes;
-    bool acc_used, words_ready;
-  } state[kMaxPools];
-  Ahead ahead;
-  bool rot_ready = false;
-  const float* slopes = nullptr;  // ALiBi slopes of this task's query group
-
-  static int64_t scratch_bytes(const AttentionParams& p, int64_t rows) {
-    Arena a{nullptr};
-    Task t(p, a, static_cast<int>(rows));
-    return a.used;
-  }
-
-  Task(const AttentionParams& params, Arena& a, int max_rows) : p(params), rows(max_rows) {
-    q = a.take<float>(rows * D);
-    out_rows = a.take<float>(rows * D);
-    q_bf16 = p.dtype == DType::bf16 && cpu::has_avx512bf16() ? a.take<uint16_t>(rows * D) : nullptr;
-    s = a.take<float>(rows * kChunk);
-    q_mu = a.take<float>(rows);
-    p_top = a.take<float>(rows);
-    m = a.take<float>(rows);
-    l = a.take<float>(rows);
-    bool any_packed = false;
-    for (int i = 0; i < p.num_pools; ++i) any_packed |= packed(p.pools[i]);
-    q_rot = any_packed ? a.take<float>(rows * D) : nullptr;
-    decoded = any_packed ? a.take<float>(kChunk * D) : nullptr;
-    codes = any_packed ? a.take<uint8_t>(kChunk * 2 * D) : nullptr;
-    for (int i = 0; i < p.num_pools; ++i) {
-      PoolState& st = state[i];
-      const bool pk = packed(p.pools[i]);
-      st.lanes = pk ? 2 * D : D;  // u3 sums its two planes apart
-      st.acc = a.take<float>(rows * st.lanes);
-      st.words = pk ? a.take<int32_t>(rows * DIGITS * D / 2) : nullptr;
-      st.step = pk ? a.take<float>(rows) : nullptr;
-      st.offset = pk ? a.take<float>(rows * kGroups * DIGITS) : nullptr;
+  if (p.sinks || p.extra.k) {
+    const float sink = p.sinks ? p.sinks[head] : -INFINITY;
+    const float bias = p.extra.k ? p.extra.bias[b * p.extra.bias_batch + g * p.extra.bias_head] : -INFINITY;
+    const float extra = bias == -INFINITY ? bias : extra_score(p, bias, b, t, head, g);
+    float top = lse > sink ? lse : sink;
+    if (!(extra <= top)) top = extra;
+    if (top != -INFINITY) {
+      const float joint = top + logf(expf(lse - top) + expf(sink - top) + expf(extra - top));
+      f *= expf(lse - joint);
+      f_extra = expf(extra - joint);
+      lse = joint;
     }
   }
-
-#if defined(__AVX2__)
-  template <typename Fmt>
-  static constexpr bool uses_codes = Fmt::rotated && Fmt::bits <= 4;
-#else
-  template <typename Fmt>
-  static constexpr bool uses_codes = false;
-#endif
-
-  static bool is_packed(Format f) {
-    bool r = false;
-    with_format(f, [&](auto fmt) { r = decltype(fmt)::packed; });
-    return r;
-  }
-  static bool read_as_codes(const Pool& pool) {
-    bool k = false, v = false;
-    with_format(pool.k_format, [&](auto fmt) { k = uses_codes<decltype(fmt)>; });
-    with_format(pool.v_format, [&](auto fmt) { v = uses_codes<decltype(fmt)>; });
-    return k && v;
-  }
-  static bool packed(const Pool& pool) { return is_packed(pool.k_format) || is_packed(pool.v_format); }
-
-  // ---- queries
-
-  void begin(int64_t b, int64_t h, int64_t row0, int n_rows, int64_t query_group) {
-    rows = n_rows;
-    first_row = row0;
-    group = query_group;
-    len = p.seq_lens[b];
-    rot_ready = false;
-    slopes = p.alibi_slopes ? p.alibi_slopes + b * p.alibi_stride + h * group : nullptr;
-    for (int i = 0; i < p.num_pools; ++i) state[i].acc_used = state[i].words_ready = false;
-    const F scale = F::fill(p.scale);
-    for (int r = 0; r < rows; ++r) {
-      const int64_t t = (row0 + r) / group, head = h * group + (row0 + r) % group;
-      const int64_t at = b * p.q_batch + t * p.q_token + head * p.q_head;
-      for (int64_t i = 0; i < D; i += F::W) {
-        F x;
-        if (p.dtype == DType::f32)
-          x = F::load(static_cast<const float*>(p.q) + at + i);
-        else if (p.dtype == DType::f16)
-          x = F::load_f16(static_cast<const uint16_t*>(p.q) + at + i);
-        else
-          x = F::load_bf16(static_cast<const uint16_t*>(p.q) + at + i);
-        (x * scale).store(q + r * D + i);
-      }
-      if (q_bf16) memcpy(q_bf16 + r * D, static_cast<const uint16_t*>(p.q) + at, D * sizeof(uint16_t));
-      m[r] = -INFINITY;
-      l[r] = 0.0f;
-    }
-  }
-
-  // q' = H diag(1/t) q, and q.mu, which centring took from every score.
-  void rotate_q(int64_t h) {
-    if (rot_ready) return;
-    rot_ready = true;
-    if constexpr (kPackedDim) {
-      const float* mu = p.transform.centre ? p.transform.centre + h * D : nullptr;
-      const float* t = p.transform.balance ? p.transform.balance + h * D : nullptr;
-      for (int r = 0; r < rows; ++r) {
-        F dot = F::zero();
-        for (int64_t i = 0; i < D; i += F::W) {
-          const F x = F::load(q + r * D + i);
-          if (mu) dot = fma(x, F::load(mu + i), dot);
-          (t ? x / F::load(t + i) : x).store(q_rot + r * D + i);
-        }
-        q_mu[r] = dot.fold_sum();
-        rotate_row<D>(q_rot + r * D);
-      }
-    }
-  }
-
-  // ---- scores
-
-  void scores(const Chunk& c, int64_t h) {
-    with_format(c.pool->k_format, [&](auto fmt) {
-      using Fmt = decltype(fmt);
-      if constexpr (!Fmt::packed) {
-        const uint8_t* row[kRowChunk];
-        row_pointers(c, c.pool->k_token, true, row);
-#if defined(__AVX512F__)
-        if (same<Fmt, bf16> && q_bf16)
-          return bf16_scores<D>(LoadBf16{row}, c.n, q_bf16, p.scale, rows, s, ahead, kAheadScores);
-#endif
-        if constexpr (same<Fmt, bf16>)
-          row_scores<D>(LoadBf16{row}, c.n, q, D, rows, s, ahead, kAheadScores);
-        else
-          row_scores<D>(LoadF16{row}, c.n, q, D, rows, s, ahead, kAheadScores);
-      } else if constexpr (kPackedDim) {
-        if constexpr (Fmt::rotated) rotate_q(h);
-#if defined(__AVX2__)
-        if constexpr (uses_codes<Fmt>) return code_scores<Fmt>(c);
-#endif
-        if constexpr (same<Fmt, u8>) {
-          u8_scores(c);
-        } else if constexpr (same<Fmt, kivi2>) {
-          kivi2_scores(c);
-        } else {
-          decode_chunk<Fmt>(Side::K, c);
-          row_scores<D>(LoadF32{decoded, D}, c.n, q_rot, D, rows, s, ahead, kAheadScores);
-          add_q_mu(c.n);
-        }
-      }
-    });
-  }
-
-  // row [kRowChunk]: the chunk's tokens; the last one repeated.
-  static void row_pointers(const Chunk& c, int64_t stride, bool k_side, const uint8_t** row) {
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      const uint8_t* x = (k_side ? pc.k : pc.v) + pc.token * stride;
-      for (int j = pc.col; j < pc.col + pc.n; ++j, x += stride) row[j] = x;
-    }
-    for (int j = c.n; j < kRowChunk; ++j) row[j] = row[c.n - 1];
-  }
-
-  template <typename Fmt>
-  void decode_chunk(Side side, const Chunk& c) {
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      for (int j = 0; j < pc.n; ++j)
-        decode_rotated<Fmt, D>(side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size, decoded + (pc.col + j) * D);
-    }
-  }
-
-  void add_q_mu(int n) {
-    if (!p.transform.centre) return;
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < n; c += F::W) (F::load(s + r * kChunk + c) + F::fill(q_mu[r])).store(s + r * kChunk + c);
-  }
-
-  // fp32 scales of the chunk's tokens, [kGroups][kChunk]. Tiles are read whole: the page goes on to the next multiple of 16.
-  template <typename Fmt>
-  void load_scales(const Chunk& c, bool k_side, float* scale) {
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      const uint16_t* h =
-          reinterpret_cast<const uint16_t*>((k_side ? pc.k : pc.v) + Fmt::scales_offset(p.page_size, D)) +
-          pc.token * kGroups;
-      const int64_t n = round_up(pc.n, kTile);
-      if constexpr (kGroups == 1) {
-        for (int64_t j = 0; j < n; j += F::W) F::load_f16(h + j).store(scale + pc.col + j);
-      } else {
-        float both[kChunk * kGroups];
-        for (int64_t j = 0; j < n * kGroups; j += F::W) F::load_f16(h + j).store(both + j);
-        for (int64_t j = 0; j < n * kGroups; ++j) scale[j % kGroups * kChunk + pc.col + j / kGroups] = both[j];
-      }
-    }
-  }
-
-  // q.(zero + scale * code) = (q scale).code + q.zero, scale and zero of the page's channels.
-  void kivi2_scores(const Chunk& c) {
-    float* q_page = decoded;  // [rows][D]
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      const uint8_t* scale = pc.k + kivi2::scale_offset(p.page_size, D);
-      const uint8_t* zero = pc.k + kivi2::zero_offset(Side::K, p.page_size, D);
-      const LoadCode2 codes{pc.k + pc.token * (D / 4), D / 4};
-      float part[kMaxRows * kChunk], q_zero[kMaxRows];
-      for (int r = 0; r < rows; ++r) {
-        F dot = F::zero();
-        for (int64_t j = 0; j < D; j += F::W) {
-          const F x = F::load(q + r * D + j);
-          (x * load<DType::f16>(scale + j * 2)).store(q_page + r * D + j);
-          dot = fma(x, load<DType::f16>(zero + j * 2), dot);
-        }
-        q_zero[r] = dot.fold_sum();
-      }
-      row_scores<D>(codes, pc.n, q_page, D, rows, part, ahead, kAheadScores * pc.n / c.n);
-      for (int r = 0; r < rows; ++r)
-        for (int j = 0; j < pc.n; ++j) s[r * kChunk + pc.col + j] = part[r * kChunk + j] + q_zero[r];
-    }
-  }
-
-  void kivi2_accumulate(const Chunk& c, PoolState& st) {
-    constexpr int64_t groups = D / kivi2::v_group;
-    float scale[kRowChunk * groups], zero[kRowChunk * groups];
-    const uint8_t* row[kRowChunk];
-    row_pointers(c, D / 4, false, row);
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      const uint8_t* from = pc.v + kivi2::scale_offset(p.page_size, D) + pc.token * groups * 2;
-      const int64_t to_zero = p.page_size * groups * 2;
-      for (int64_t j = 0; j < pc.n * groups; ++j) {
-        scale[pc.col * groups + j] = half_value(load_u16(from + j * 2));
-        zero[pc.col * groups + j] = half_value(load_u16(from + to_zero + j * 2));
-      }
-    }
-    row_accumulate<D>(LoadAffine2{row, scale, zero, groups}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-  }
-
-  void u8_scores(const Chunk& c) {
-    float scale[kGroups * kChunk], part[kMaxRows * kChunk];
-    load_scales<u8>(c, true, scale);
-    const uint8_t* row[kRowChunk];
-    row_pointers(c, D, true, row);
-    for (int64_t g = 0; g < kGroups; ++g) {
-      row_scores<kGroup>(LoadU8{row}, c.n, q_rot + g * kGroup, D, rows, part, ahead, kAheadScores / kGroups);
-      for (int r = 0; r < rows; ++r)
-        for (int j = 0; j < c.n; j += F::W) {
-          float* o = s + r * kChunk + j;
-          const F base = g ? F::load(o) : F::fill(q_mu[r]);
-          fma(F::load(part + r * kChunk + j), F::load(scale + g * kChunk + j), base).store(o);
-        }
-      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup;
-    }
-  }
-
-#if defined(__AVX2__)
-  // Query rows a dot4 call takes: 4 digit rows share every load of codes.
-  static constexpr int kStep = DIGITS == 2 ? 2 : 1;
-  template <typename Fmt>
-  static constexpr int kPlanes = Fmt::bits == 3 ? 2 : 1;
-  template <typename Fmt>
-  static constexpr int kMaxCode = Fmt::bits == 4 ? 15 : 4;
-
-  // words [row][digit][scale group][plane][quad]
-  template <typename Fmt>
-  void make_words(PoolState& st) {
-    constexpr int planes = kPlanes<Fmt>;
-    constexpr int64_t quads = kGroup / 4;
-    for (int r = 0; r < rows; ++r) {
-      const float* x = q_rot + r * D;
-      F top = F::zero();
-      bool finite = true;
-      for (int64_t i = 0; i < D; i += F::W) {
-        top = max(top, abs(F::load(x + i)));
-        finite &= all_finite(F::load(x + i));
-      }
-      const float biggest = top.fold_max(), inv = biggest > 0.0f ? Digits<DIGITS>::top / biggest : 0.0f;
-      st.step[r] = finite ? biggest / Digits<DIGITS>::top : NAN;
-      uint8_t digit[DIGITS][D];
-      for (int64_t g = 0; g < kGroups; ++g) {
-        I sum[DIGITS];
-        for (int d = 0; d < DIGITS; ++d) sum[d] = I::zero();
-        for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += F::W) {
-          I dig[DIGITS];
-          Digits<DIGITS>::split(F::load(x + i) * F::fill(inv), dig);
-          for (int d = 0; d < DIGITS; ++d) {
-            sum[d] = sum[d] + dig[d];
-            dig[d].store_bytes(digit[d] + i);
-          }
-        }
-        float* offset = st.offset + (r * kGroups + g) * DIGITS;
-        Digits<DIGITS>::add_up(sum, offset);
-        for (int d = 0; d < DIGITS; ++d) offset[d] *= Fmt::Grid::offset;
-      }
-      for (int d = 0; d < DIGITS; ++d)
-        for (int64_t g = 0; g < kGroups; ++g) {
-          int32_t* w = st.words + (((r * DIGITS + d) * kGroups) + g) * planes * quads;
-          Plane<Fmt::low_bits, 0>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w));
-          if constexpr (planes == 2)
-            Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w + quads));
-        }
-    }
-  }
-
-  template <typename Fmt>
-  void code_scores(const Chunk& c) {
-    constexpr int planes = kPlanes<Fmt>;
-    constexpr int64_t quads = kGroup / 4, ldw = kGroups * planes * quads;
-    constexpr int64_t low_row = D * Fmt::low_bits / 8, low_group = kGroup * Fmt::low_bits / 8;
-    PoolState& st = state[c.pool_index];
-    if (!st.words_ready) make_words<Fmt>(st);
-    st.words_ready = true;
-    alignas(64) float scale[kGroups * kChunk];
-    load_scales<Fmt>(c, true, scale);
-    // the pages' rows, I::W tokens at a time
-    constexpr int kVectors = kChunk / I::W;
-    const uint8_t *low[kVectors + 1], *high[kVectors + 1];
-    int vectors = 0;
-    for (int i = 0; i < c.pieces; ++i)
-      for (int64_t t = c.piece[i].token; t < c.piece[i].token + c.piece[i].n; t += I::W) {
-        low[vectors] = c.piece[i].k + t * low_row;
-        high[vectors++] = c.piece[i].k + Fmt::plane1_offset(p.page_size, D) + t * (D / 8);
-      }
-    constexpr int T = I::W == 16 ? 2 : 1;
-    low[vectors] = low[vectors - 1], high[vectors] = high[vectors - 1];  // an odd last one is paired with itself
-    constexpr int kRows = DIGITS == 2 ? 4 : 2;                           // at most 8 digit rows: they share every code
-    const int blocks = rows / kRows + rows % kRows;
-    const int lines = ahead.share(kAheadScores, kGroups * blocks * ((vectors + T - 1) / T));
-    for (int64_t g = 0; g < kGroups; ++g) {
-      const auto block = [&](auto n, int r) {
-        constexpr int R = n.value, M = R * DIGITS;
-        const int32_t* words = st.words + r * DIGITS * ldw + g * planes * quads;
-        for (int v = 0; v < vectors; v += T) {
-          alignas(64) int32_t sums[M][T * I::W];
-          ahead.take(lines);
-          const uint8_t *rows_low[T], *rows_high[T];
-          for (int t = 0; t < T; ++t)
-            rows_low[t] = low[v + t] + g * low_group, rows_high[t] = high[v + t] + g * (kGroup / 8);
-          Plane<Fmt::low_bits, 0>::template dot_k<M, T>(rows_low, low_row, low_group, words, ldw, sums[0], T * I::W,
-                                                        false);
-          if constexpr (planes == 2)
-            Plane<1, 2>::template dot_k<M, T>(rows_high, D / 8, kGroup / 8, words + quads, ldw, sums[0], T * I::W,
-                                              true);
-          for (int i = 0; i < R; ++i) {
-            const F step = F::fill(st.step[r + i]);
-            for (int t = 0; t < T && v + t < vectors; ++t) {
-              float* o = s + (r + i) * kChunk + (v + t) * I::W;
-              const F base = g ? F::load(o) : F::fill(q_mu[r + i]);
-              const F x = Digits<DIGITS>::join(&sums[i * DIGITS][t * I::W], T * I::W,
-                                               st.offset + ((r + i) * kGroups + g) * DIGITS);
-              fma(x * step, F::load(scale + g * kChunk + (v + t) * I::W), base).store(o);
-            }
-          }
-        }
-      };
-      int r = 0;
-      for (; r + kRows <= rows; r += kRows) block(Int<kRows>{}, r);
-      for (; r < rows; ++r) block(Int<1>{}, r);
-    }
-  }
-
-  // acc[row][lane] += sum over tokens of p * scale * level
-  template <typename Fmt>
-  void code_accumulate(const Chunk& c, PoolState& st) {
-    constexpr int planes = kPlanes<Fmt>;
-    constexpr int64_t lanes = planes * D, low_row = D * Fmt::low_bits / 8, quads = kChunk / 4;
-    alignas(64) float scale[kGroups * kChunk];
-    load_scales<Fmt>(c, false, scale);
-    const int64_t cols = round_up(c.n, kTile);
-    const int lines = ahead.share(kAheadSums, cols / 4);
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      for (int64_t t = 0; t < round_up(pc.n, kTile); t += 4) {
-        uint8_t* out = codes + (pc.col + t) / 4 * lanes * 4;
-        ahead.take(lines);
-        Plane<Fmt::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
-        if constexpr (planes == 2)
-          Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8), D / 8,
-                                            out + D * 4);
-      }
-    }
-    for (int64_t g = 0; g < kGroups; ++g) {
-      const auto block = [&](auto n_rows, auto n_digits, int r) {
-        constexpr int R = n_rows.value, N = n_digits.value;
-        alignas(64) uint8_t words[R * N][kChunk];
-        alignas(64) int32_t ints[R * N][kGroup];
-        float step[R], mass[R][N];
-        for (int i = 0; i < R; ++i)
-          step[i] = weigh<N>(s + (r + i) * kChunk, scale + g * kChunk, cols, words[i * N], mass[i]);
-        for (int plane = 0; plane < planes; ++plane) {
-          const int64_t lane0 = plane * D + g * kGroup;
-          // The mean code of the plane; 3.5 is 1.5 + 2. Sums of what differs from it stay small, so fp32 holds them well.
-          const float level = planes == 1 ? Fmt::Grid::offset : plane == 0 ? 1.5f : 2.0f;
-          dot4<kMaxCode<Fmt>, R * N, N == 1>(codes + lane0 * 4, lanes * 4, kGroup, cols / 4,
-                                             reinterpret_cast<const int32_t*>(words[0]), quads, ints[0], kGroup);
-          for (int i = 0; i < R; ++i) {
-            float offset[N];
-            for (int d = 0; d < N; ++d) offset[d] = level * mass[i][d];
-            for (int64_t j = 0; j < kGroup; j += F::W) {
-              float* o = st.acc + (r + i) * st.lanes + lane0 + j;
-              fma(Digits<N>::join(ints[i * N] + j, kGroup, offset), F::fill(step[i]), F::load(o)).store(o);
-            }
-          }
-        }
-      };
-      int r = 0;
-      while (r < rows) {
-        if (rows - r >= 4 && light(r) && light(r + 1) && light(r + 2) && light(r + 3)) {
-          block(Int<4>{}, Int<1>{}, r);
-          r += 4;
-        } else if (rows - r >= kStep) {
-          block(Int<kStep>{}, Int<DIGITS>{}, r);
-          r += kStep;
-        } else {
-          block(Int<1>{}, Int<DIGITS>{}, r);
-          r += 1;
-        }
-      }
-    }
-  }
-
-  // bf16 has 8 bits for p, and so do other kernels that round p to it. Where no token of the chunk holds more than 1/64 of
-  // the softmax mass, 8 bits of the chunk's largest weight are as good: 0.1 % of what the chunk adds, rms. Otherwise small
-  // weights beside a large one would lose theirs, so they get 15.
-  bool light(int r) const { return p.dtype == DType::bf16 && p_top[r] * 64.0f < l[r]; }
-
-  // N digits of w = p * scale, four tokens to a word, and what they add up to; returns the value of the last digit.
-  template <int N>
-  static float weigh(const float* prob, const float* scale, int64_t cols, uint8_t* words, float* mass) {
-    F w[kChunk / F::W], top = F::zero(), total = F::zero();
-    for (int64_t j = 0; j < cols; j += F::W) {
-      const F x = F::load(prob + j);
-      w[j / F::W] = where_positive(x, x * F::load(scale + j));  // rows nobody sees may hold NaN
-      top = max(top, w[j / F::W]);
-      total = total + w[j / F::W];
-    }
-    const float biggest = top.fold_max();
-    const F inv = F::fill(biggest > 0.0f ? Digits<N>::top / biggest : 0.0f);
-    I sums[N];
-    for (int d = 0; d < N; ++d) sums[d] = I::zero();
-    for (int64_t j = 0; j < cols; j += F::W) {
-      I dig[N];
-      Digits<N>::split(w[j / F::W] * inv, dig);
-      for (int d = 0; d < N; ++d) {
-        sums[d] = sums[d] + dig[d];
-        dig[d].store_bytes(words + d * kChunk + j);
-      }
-    }
-    Digits<N>::add_up(sums, mass);
-    return all_finite(total) ? biggest / Digits<N>::top : NAN;  // a NaN scale must not get lost among the digits
-  }
-#endif
-
-  // ---- softmax: S -> P in place; m, l and the sums over V follow the new maximum
-
-  void softmax(const Chunk& c) {
-    const int64_t cols = round_up(c.n, kTile);
-    const int lines = ahead.share(kAheadSoftmax, 2 * rows);
-    for (int r = 0; r < rows; ++r) {
-      const int64_t t = (first_row + r) / group, last = len - p.Tq + t;  // the row sees tokens <= last
-      float* x = s + r * kChunk;
-      ahead.take(lines);
-      if (p.softcap > 0.0f) cap_scores(x, cols);
-      if (p.alibi_slopes) add_alibi(x, c, r, last);
-      const int64_t lo = clamp(p.window_left >= 0 ? last - p.window_left - c.start : 0, c.n);
-      const int64_t hi = clamp(last + 1 - c.start, c.n);
-      const F none = F::fill(-INFINITY);
-      F top = F::fill(-INFINITY);
-      for (int64_t j = 0; j < cols; j += F::W) {
-        F v = F::load(x + j);
-        if (hi < j + F::W) v = first(static_cast<int>(clamp(hi - j, F::W)), v, none);
-        if (lo > j) v = first(static_cast<int>(clamp(lo - j, F::W)), none, v);
-        v.store(x + j);
-        top = max(top, v);
-      }
-      const float m_chunk = top.fold_max(), m_new = m_chunk < m[r] ? m[r] : m_chunk;
-      // Nothing visible yet: subtract 0, so that -inf gives weight 0 and a NaN score stays a NaN.
-      const float base = m_new == -INFINITY ? 0.0f : m_new;
-      p_top[r] = m_chunk == -INFINITY ? 0.0f : expf(m_chunk - base);
-      ahead.take(lines);
-      F sum = F::zero();
-      for (int64_t j = 0; j < cols; j += F::W) {
-        const F e = exp_neg(F::load(x + j) - F::fill(base));
-        e.store(x + j);
-        sum = sum + e;
-      }
-      if (m_new != m[r]) {
-        const float f = m[r] == -INFINITY ? 0.0f : expf(m[r] - base);
-        l[r] *= f;
-        for (int i = 0; i < p.num_pools; ++i)
-          if (state[i].acc_used) {
-            float* acc = state[i].acc + r * state[i].lanes;
-            for (int64_t j = 0; j < state[i].lanes; j += F::W) (F::load(acc + j) * F::fill(f)).store(acc + j);
-          }
-        m[r] = m_new;
-      }
-      l[r] += sum.fold_sum();
-    }
-  }
-
-  static int64_t clamp(int64_t x, int64_t top) { return x < 0 ? 0 : x > top ? top : x; }
-
-  void cap_scores(float* x, int64_t cols) {
-    for (int64_t j = 0; j < cols; j += F::W) {
-      // bounded, so that v - v below is 0 for an infinite score and NaN for a NaN alone
-      const F v = min(F::fill(1e30f), max(F::fill(-1e30f), F::load(x + j) * F::fill(1.0f / p.softcap)));
-      const F e = exp_neg(abs(v) * F::fill(-2.0f));
-      const F tanh_abs = (F::fill(1.0f) - e) / (F::fill(1.0f) + e) * F::fill(p.softcap);
-      (where_positive(v, tanh_abs) - where_positive(F::zero() - v, tanh_abs) + (v - v)).store(x + j);
-    }
-  }
-
-  void add_alibi(float* x, const Chunk& c, int r, int64_t last) {
-    const float slope = slopes[(first_row + r) % group];
-    for (int j = 0; j < c.n; ++j) x[j] -= slope * static_cast<float>(last - (c.start + j));
-  }
-
-  // ---- sums over V
-
-  void accumulate(const Chunk& c) {
-    PoolState& st = state[c.pool_index];
-    if (!st.acc_used) memset(st.acc, 0, sizeof(float) * rows * st.lanes);
-    st.acc_used = true;
-    with_format(c.pool->v_format, [&](auto fmt) {
-      using Fmt = decltype(fmt);
-      if constexpr (!Fmt::packed) {
-        const uint8_t* row[kRowChunk];
-        row_pointers(c, c.pool->v_token, false, row);
-#if defined(__AVX512F__)
-        if (same<Fmt, bf16> && q_bf16)
-          return bf16_accumulate<D>(LoadBf16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-#endif
-        if constexpr (same<Fmt, bf16>)
-          row_accumulate<D>(LoadBf16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-        else
-          row_accumulate<D>(LoadF16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-      } else if constexpr (kPackedDim) {
-#if defined(__AVX2__)
-        if constexpr (uses_codes<Fmt>) return code_accumulate<Fmt>(c, st);
-#endif
-        if constexpr (same<Fmt, u8>) {
-          u8_accumulate(c, st);
-        } else if constexpr (same<Fmt, kivi2>) {
-          kivi2_accumulate(c, st);
-        } else {
-          decode_chunk<Fmt>(Side::V, c);
-          row_accumulate<D>(LoadF32{decoded, D}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-        }
-      }
-    });
-  }
-
-  void u8_accumulate(const Chunk& c, PoolState& st) {
-    float scale[kGroups * kChunk], w[kMaxRows * kChunk];
-    load_scales<u8>(c, false, scale);
-    const uint8_t* row[kRowChunk];
-    row_pointers(c, D, false, row);
-    for (int64_t g = 0; g < kGroups; ++g) {
-      for (int r = 0; r < rows; ++r)
-        for (int j = 0; j < c.n; j += F::W) {
-          const F x = F::load(s + r * kChunk + j);
-          where_positive(x, x * F::load(scale + g * kChunk + j)).store(w + r * kChunk + j);
-        }
-      row_accumulate<kGroup>(LoadU8{row}, c.n, w, rows, st.acc + g * kGroup, st.lanes, ahead, kAheadSums / kGroups);
-      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup;
-    }
-  }
-
-  // ---- the interval [begin, end) of sequence b, and what it gives: out_rows (unnormalised, plain basis), m, l
-
-  void run(int64_t b, int64_t h, int64_t begin, int64_t end) {
-    Chunk chunk[2];
-    if (begin < end) next_chunk(chunk[0], b, h, begin, end);
-    for (int64_t i = 0, pos = begin; pos < end; ++i) {
-      Chunk &c = chunk[i & 1], &next = chunk[(i + 1) & 1];
-      pos = c.start + c.n;
-      ahead.clear();
-      if (pos < end) {
-        next_chunk(next, b, h, pos, end);
-        list_lines(next);
-      }
-      scores(c, h);
-      softmax(c);
-      accumulate(c);
-      ahead.take_rest();
-    }
-    finish();
-  }
-
-  void list_lines(const Chunk& c) {
-    for (int side = 0; side < 2; ++side)
-      with_format(side == 0 ? c.pool->k_format : c.pool->v_format, [&](auto fmt) {
-        using Fmt = decltype(fmt);
-        for (int i = 0; i < c.pieces; ++i) {
-          const Piece& pc = c.piece[i];
-          const uint8_t* x = side == 0 ? pc.k : pc.v;
-          if constexpr (!Fmt::packed) {
-            const int64_t stride = side == 0 ? c.pool->k_token : c.pool->v_token;
-            if (stride == D * 2)
-              ahead.add(x + pc.token * stride, pc.n * stride);
-            else
-              for (int j = 0; j < pc.n; ++j) ahead.add(x + (pc.token + j) * stride, D * 2);
-          } else if constexpr (Fmt::rotated) {
-            constexpr int64_t low_row = D * Fmt::low_bits / 8;
-            ahead.add(x + pc.token * low_row, pc.n * low_row);
-            if (Fmt::bits == 3) ahead.add(x + Fmt::plane1_offset(p.page_size, D) + pc.token * (D / 8), pc.n * (D / 8));
-            ahead.add(x + Fmt::scales_offset(p.page_size, D) + pc.token * kGroups * 2, pc.n * kGroups * 2);
-          } else {
-            const Side kind = side == 0 ? Side::K : Side::V;
-            ahead.add(x + pc.token * (D / 4), pc.n * (D / 4));
-            ahead.add(x + kivi2::scale_offset(p.page_size, D),
-                      kivi2::side_bytes(kind, p.page_size, D) - p.page_size * (D / 4));
-          }
-        }
-      });
-  }
-
-  void next_chunk(Chunk& c, int64_t b, int64_t h, int64_t pos, int64_t end) {
-    const int32_t* table = p.page_table + b * p.table_stride;
-    c.pool_index = table[pos / p.page_size] >> 28;
-    c.pool = &p.pools[c.pool_index];
-    c.start = packed(*c.pool) ? round_down(pos, kTile) : pos;  // a window may begin inside a tile
-    pos = c.start;
-    c.n = c.pieces = 0;
-    const int64_t limit = read_as_codes(*c.pool) ? kChunk : kRowChunk;
-    while (c.n < limit && pos < end) {
-      const int32_t entry = table[pos / p.page_size];
-      if (entry >> 28 != c.pool_index) break;
-      const int64_t page = entry & kPageMask, token = pos % p.page_size;
-      int64_t n = p.page_size - token;
-      if (n > end - pos) n = end - pos;
-      if (n > limit - c.n) n = limit - c.n;
-      c.piece[c.pieces++] = {c.pool->k + page * c.pool->k_page + h * c.pool->k_head,
-                             c.pool->v + page * c.pool->v_page + h * c.pool->v_head, token, static_cast<int>(n), c.n};
-      c.n += static_cast<int>(n);
-      pos += n;
-    }
-  }
-
-  void finish() {
-    memset(out_rows, 0, sizeof(float) * rows * D);
-    if constexpr (kPackedDim) {
-      bool rotated = false;
-      for (int i = 0; i < p.num_pools; ++i)
-        if (state[i].acc_used)
-          with_format(p.pools[i].v_format, [&](auto fmt) {
-            using Fmt = decltype(fmt);
-            if constexpr (Fmt::rotated) {
-              rotated = true;
-              for (int r = 0; r < rows; ++r) add_lanes<Fmt>(state[i].acc + r * state[i].lanes, out_rows + r * D);
-            }
-          });
-      if (rotated)
-        for (int r = 0; r < rows; ++r) rotate_row<D>(out_rows + r * D);
-    }
-    for (int i = 0; i < p.num_pools; ++i)
-      if (state[i].acc_used)
-        with_format(p.pools[i].v_format, [&](auto fmt) {
-          if constexpr (!decltype(fmt)::rotated)
-            for (int r = 0; r < rows; ++r)
-              for (int64_t j = 0; j < D; j += F::W) {
-                float* o = out_rows + r * D + j;
-                (F::load(o) + F::load(state[i].acc + r * state[i].lanes + j)).store(o);
-              }
-        });
-  }
-
-  template <typename Fmt>
-  static void add_lanes(const float* acc, float* out) {
-#if defined(__AVX2__)
-    if constexpr (uses_codes<Fmt>) {
-      static constexpr LaneOf<Plane<Fmt::low_bits, 0>> low;
-      for (int64_t i = 0; i < D; ++i) out[i] += acc[low.lane[i]];
-      if constexpr (kPlanes<Fmt> == 2) {
-        static constexpr LaneOf<Plane<1, 2>> high;
-        for (int64_t i = 0; i < D; ++i) out[i] += acc[D + high.lane[i]];
-      }
-      return;
-    }
-#endif
-    for (int64_t i = 0; i < D; ++i) out[i] += acc[i];
-  }
-#if defined(__AVX2__)
-  template <typename P>
-  struct LaneOf {  // the lane that holds a channel
-    int32_t lane[D];
-    constexpr LaneOf() : lane() {
-      for (int64_t i = 0; i < D; ++i) lane[P::v_channel(i, D)] = static_cast<int32_t>(i);
-    }
-  };
-#endif
-};
-
-// ---- results
-
-// Query head `head` of token t: out = sum * f.
-void store_out(const AttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float f) {
   const int64_t at = b * p.out_batch + t * p.out_token + head * p.out_head;
-  for (int64_t i = 0; i < p.D; i += F::W) {
-    const F x = F::load(sum + i) * F::fill(f);
+  for (int64_t i = 0; i < p.Dv; i += F::W) {
+    F x = F::load(sums + i) * F::fill(f);
+    if (f_extra != 0.0f) {
+      const int64_t v = b * p.extra.v_batch + g * p.extra.v_head;
+      x = fma(load_floats(p.extra.v, p.dtype, v + i), F::fill(f_extra), x);
+    }
     if (p.dtype == DType::f32)
       x.store(static_cast<float*>(p.out) + at + i);
     else if (p.dtype == DType::f16)
@@ -829,145 +56,82 @@ void store_out(const AttentionParams& p, int64_t b, int64_t t, int64_t head, con
     else
       x.store_bf16(static_cast<uint16_t*>(p.out) + at + i);
   }
-}
-
-// sum, m and l of one query row -> out and lse. A sink logit joins the denominator only.
-void write_row(const AttentionParams& p, int64_t b, int64_t t, int64_t head, const float* sum, float m, float l) {
-  float f = 0.0f, lse = -INFINITY;
-  if (l > 0.0f || l != l) {
-    f = 1.0f / l;
-    lse = m + logf(l);
-  }
-  if (p.sinks) {
-    const float sink = p.sinks[head], top = lse > sink ? lse : sink;
-    if (top > -INFINITY) {
-      const float joint = top + logf(expf(lse - top) + expf(sink - top));
-      f *= expf(lse - joint);
-      lse = joint;
-    }
-  }
-  store_out(p, b, t, head, sum, f);
   if (p.lse) p.lse[(b * p.Tq + t) * p.Hq + head] = lse;
-}
-
-// ---- schedule
-
-// Below this many (token, KV head) pairs waking other threads costs more than it saves: about 20 us of work.
-constexpr int64_t kSerialTokens = 2048;
-constexpr int64_t kMinSplit = 256;  // tokens that pay for preparing the queries again and for merging
-
-Grid make_grid(const AttentionParams& p, const CpuExec& exec, Arena& arena, bool fill) {
-  Grid g{};
-  g.group = p.Hq / p.Hkv;
-  g.rows = p.Tq * g.group;
-  g.row_blocks = (g.rows + kMaxRows - 1) / kMaxRows;
-  int64_t work = 0;
-  for (int64_t b = 0; b < p.B; ++b)
-    if (p.seq_lens[b] > 0) work += p.seq_lens[b] - visible_begin(p, p.seq_lens[b]);
-  work *= p.Hkv * g.row_blocks;
-  g.threads = work < kSerialTokens ? 1 : exec.threads;
-  g.split = p.split_tokens;
-  if (g.split <= 0) {
-    const int64_t share = work / (g.threads * 4);  // four intervals per thread even out what the machine does to them
-    g.split = g.threads == 1 ? INT64_C(1) << 40 : round_up(share > kMinSplit ? share : kMinSplit, kChunk);
-  }
-  g.first_task = arena.take<int64_t>(p.B + 1);
-  g.first_partial = arena.take<int64_t>(p.B + 1);
-  int64_t tasks = 0, partials = 0;
-  for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t n = num_intervals(p, b, g.split), t = p.Hkv * g.row_blocks * n;
-    if (fill) g.first_task[b] = tasks, g.first_partial[b] = partials;
-    tasks += t;
-    partials += n > 1 ? t : 0;
-  }
-  if (fill) g.first_task[p.B] = tasks, g.first_partial[p.B] = partials;
-  g.tasks = tasks;
-  if (g.threads > tasks) g.threads = static_cast<int>(tasks);
-  const int64_t block_rows = g.rows < kMaxRows ? g.rows : kMaxRows;
-  one_of<64, 80, 96, 112, 128, 192, 256>("attention: head_dim", p.D, [&](auto d) {
-    constexpr int64_t D = decltype(d)::value;
-    g.scratch_bytes =
-        p.dtype == DType::f32 ? Task<D, 3>::scratch_bytes(p, block_rows) : Task<D, 2>::scratch_bytes(p, block_rows);
-  });
-  g.partials = arena.take<float>(partials * block_rows * (p.D + 2));
-  g.scratch = arena.take<uint8_t>(g.threads * g.scratch_bytes);
-  return g;
 }
 
 struct Job {
   const AttentionParams& p;
-  const Grid& g;
+  const Schedule& schedule;
   int64_t next;  // shared counter
 
   int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-  float* partial(int64_t i) const { return g.partials + i * (g.rows < kMaxRows ? g.rows : kMaxRows) * (p.D + 2); }
-  int64_t block_rows(int64_t row0) const { return g.rows - row0 < kMaxRows ? g.rows - row0 : kMaxRows; }
-  // The sequence that holds number i of the running counts `first`.
-  static int64_t find(const int64_t* first, int64_t B, int64_t i) {
-    int64_t lo = 0, hi = B;
-    while (hi - lo > 1) {
-      const int64_t mid = (lo + hi) / 2;
-      (first[mid] <= i ? lo : hi) = mid;
-    }
-    return lo;
-  }
 };
 
-template <int64_t D, int DIGITS>
+template <typename TaskType>
 void run_tasks(Job& job, int thread) {
   const AttentionParams& p = job.p;
-  const Grid& g = job.g;
-  Arena arena{g.scratch + thread * g.scratch_bytes};
-  Task<D, DIGITS> task(p, arena, static_cast<int>(g.rows < kMaxRows ? g.rows : kMaxRows));
-  for (int64_t i = job.take(); i < g.tasks; i = job.take()) {
-    const int64_t b = Job::find(g.first_task, p.B, i), in_b = i - g.first_task[b];
-    const int64_t heads = p.Hkv * g.row_blocks, interval = in_b / heads, h = in_b % heads / g.row_blocks;
-    const int64_t row0 = in_b % g.row_blocks * kMaxRows, rows = job.block_rows(row0);
-    const int64_t len = p.seq_lens[b] > 0 ? p.seq_lens[b] : 0, begin = visible_begin(p, len);
-    const int64_t cut = (begin / g.split + interval) * g.split, next = cut + g.split;
-    task.begin(b, h, row0, static_cast<int>(rows), g.group);
-    task.run(b, h, cut > begin ? cut : begin, next < len ? next : len);
-    if (num_intervals(p, b, g.split) == 1) {
-      for (int64_t r = 0; r < rows; ++r)
-        write_row(p, b, (row0 + r) / g.group, h * g.group + (row0 + r) % g.group, task.out_rows + r * D, task.m[r],
-                  task.l[r]);
+  const Schedule& schedule = job.schedule;
+  Arena arena = schedule.scratch(thread);
+  TaskType task(p, arena, schedule.max_rows());
+  for (int64_t i = job.take(); i < schedule.tasks(); i = job.take()) {
+    const Schedule::Work work = schedule.task(i);
+    task.begin(work.block);
+    task.run(work.from, work.to);
+    const int rows = work.block.rows;
+    if (work.partial) {
+      float* top = work.partial + work.block_rows * p.Dv;
+      memcpy(work.partial, task.out_rows, sizeof(float) * rows * p.Dv);
+      memcpy(top, task.m, sizeof(float) * rows);
+      memcpy(top + work.block_rows, task.l, sizeof(float) * rows);
       continue;
     }
-    float* part = job.partial(g.first_partial[b] + in_b);
-    memcpy(part, task.out_rows, sizeof(float) * rows * D);
-    memcpy(part + rows * D, task.m, sizeof(float) * rows);
-    memcpy(part + rows * D + rows, task.l, sizeof(float) * rows);
+    for (int r = 0; r < rows; ++r) {
+      const QueryRow& row = task.query[r];
+      write_row(p, row.b, row.t, row.head, work.block.g, task.out_rows + r * p.Dv, task.m[r], task.l[r]);
+    }
   }
 }
 
-// Merges the intervals of the sequences that were cut, in their order.
+// Softmax states added up in the order they come.
+struct State {
+  float m = -INFINITY, l = 0.0f;
+  float sums[512] = {};
+
+  void add(const float* x, float top, float mass, int64_t n) {
+    if (top == -INFINITY) {  // saw nothing: its mass is 0, or NaN where a score was NaN
+      l += mass;
+      return;
+    }
+    const bool rises = !(top <= m);
+    const float base = rises ? top : m, old = rises ? expf(m - base) : 1.0f, f = rises ? 1.0f : expf(top - base);
+    m = base;
+    l = l * old + mass * f;
+    for (int64_t i = 0; i < n; i += F::W)
+      fma(F::load(x + i), F::fill(f), F::load(sums + i) * F::fill(old)).store(sums + i);
+  }
+};
+
+constexpr int64_t kMergeRows = 16;  // query rows of a merge that one thread takes at a time
+
 void run_merges(Job& job) {
   const AttentionParams& p = job.p;
-  const Grid& g = job.g;
-  const int64_t heads = p.Hkv * g.row_blocks;
-  float sum[256];
-  for (int64_t i = job.take(); i < p.B * heads; i = job.take()) {
-    const int64_t b = i / heads, h = i % heads / g.row_blocks, row0 = i % g.row_blocks * kMaxRows,
-                  rows = job.block_rows(row0);
-    const int64_t n = num_intervals(p, b, g.split);
-    if (n == 1) continue;
-    const auto part = [&](int64_t k) { return job.partial(g.first_partial[b] + k * heads + i % heads); };
-    for (int64_t r = 0; r < rows; ++r) {
-      float m = -INFINITY, l = 0.0f;
-      for (int64_t k = 0; k < n; ++k) {
-        const float mk = part(k)[rows * p.D + r];
-        if (mk > m || mk != mk) m = mk;
+  const Schedule& schedule = job.schedule;
+  int64_t most = 0;
+  for (int64_t g = 0; g < p.Hkv; ++g) most = group_heads(p, g) > most ? group_heads(p, g) : most;
+  const int64_t blocks = (p.Tq * most + kMergeRows - 1) / kMergeRows;
+  for (int64_t i = job.take(); i < p.B * p.Hkv * blocks; i = job.take()) {
+    const int64_t b = i / blocks / p.Hkv, g = i / blocks % p.Hkv, heads = group_heads(p, g);
+    const int64_t leaf = p.plan.nodes ? p.plan.leaf[b] : b;
+    if (leaf >= 0 && schedule.part(leaf, g).partials < 0) continue;
+    const int64_t begin = i % blocks * kMergeRows, limit = p.Tq * heads;
+    for (int64_t r = begin; r < begin + kMergeRows && r < limit; ++r) {
+      State state;
+      for (int64_t node = leaf; node >= 0; node = p.plan.nodes ? p.plan.nodes[node].parent : -1) {
+        const Schedule::Partials x = schedule.partials(node, g, schedule.first_row(b, node, g) + r);
+        for (int64_t k = 0; k < x.intervals; ++k)
+          state.add(x.sums + k * x.step, x.top[k * x.step], x.mass[k * x.step], p.Dv);
       }
-      memset(sum, 0, sizeof(sum));
-      for (int64_t k = 0; k < n; ++k) {
-        const float* x = part(k);
-        const float mk = x[rows * p.D + r], f = mk == -INFINITY ? 0.0f : expf(mk - m);
-        // an interval without a visible score has l = 0, or NaN where a score was NaN
-        l += x[rows * p.D + rows + r] * (mk == -INFINITY ? 1.0f : f);
-        for (int64_t j = 0; j < p.D; j += F::W)
-          fma(F::load(x + r * p.D + j), F::fill(f), F::load(sum + j)).store(sum + j);
-      }
-      write_row(p, b, (row0 + r) / g.group, h * g.group + (row0 + r) % g.group, sum, m, l);
+      write_row(p, b, r / heads, query_head(p, g, r % heads), g, state.sums, state.m, state.l);
     }
   }
 }
@@ -976,31 +140,25 @@ void run_merges(Job& job) {
 
 int64_t attention_workspace_cpu(const AttentionParams& p, const CpuExec& exec) {
   Arena arena{nullptr};
-  make_grid(p, exec, arena, false);
+  const Schedule schedule(p, exec, arena);
   return arena.used;
 }
 
 void attention_cpu(const AttentionParams& p, const CpuExec& exec) {
   if (p.B == 0 || p.Hq == 0 || p.Tq == 0) return;
   Arena arena{static_cast<uint8_t*>(p.workspace)};
-  const Grid g = make_grid(p, exec, arena, true);
-  Job job{p, g, 0};
+  const Schedule schedule(p, exec, arena);
+  Job job{p, schedule, 0};
   exec.run(
-      g.threads,
+      schedule.threads(),
       [](void* arg, int thread) {
         Job& j = *static_cast<Job*>(arg);
-        one_of<64, 80, 96, 112, 128, 192, 256>("head_dim", j.p.D, [&](auto d) {
-          constexpr int64_t D = decltype(d)::value;
-          if (j.p.dtype == DType::f32)
-            run_tasks<D, 3>(j, thread);
-          else
-            run_tasks<D, 2>(j, thread);
-        });
+        with_task(j.p, [&](auto task) { run_tasks<typename decltype(task)::type>(j, thread); });
       },
       &job);
-  if (g.first_partial[p.B] == 0) return;
+  if (!schedule.merges()) return;
   job.next = 0;
-  exec.run(g.threads, [](void* arg, int) { run_merges(*static_cast<Job*>(arg)); }, &job);
+  exec.run(schedule.threads(), [](void* arg, int) { run_merges(*static_cast<Job*>(arg)); }, &job);
 }
 
 KK_END

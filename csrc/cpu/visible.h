@@ -1,0 +1,97 @@
+// Which tokens of its sequence a query sees.
+#pragma once
+#include <cmath>
+
+#include "kvkernels/ops/attention.h"
+
+KK_BEGIN
+
+// Query heads of group g.
+inline int64_t group_heads(const AttentionParams& p, int64_t g) {
+  return p.heads.mapped ? p.heads.first[g + 1] - p.heads.first[g] : p.Hq / p.Hkv;
+}
+inline int64_t query_head(const AttentionParams& p, int64_t g, int64_t i) {
+  return p.heads.mapped ? p.heads.order[p.heads.first[g] + i] : g * (p.Hq / p.Hkv) + i;
+}
+
+// A query at position i sees keys j < sink and j >= i - left; left < 0: every key.
+struct Window {
+  int64_t sink, left;
+};
+inline Window window_of(const AttentionParams& p, int64_t g) {
+  return p.head_windows ? Window{p.head_windows[2 * g], p.head_windows[2 * g + 1]} : Window{0, p.window_left};
+}
+
+// The last Tq tokens of a sequence are the queries' own: bit j of own_tokens says whether query t sees token L - Tq + j, which
+// stands at position L - Tq + depth(j).
+inline uint32_t own_tokens(const AttentionParams& p, int64_t b, int64_t t) {
+  return p.tree_mask ? static_cast<uint32_t>(p.tree_mask[b * p.tree_stride + t]) & ((1u << p.Tq) - 1) : (2u << t) - 1;
+}
+inline int64_t depth(const AttentionParams& p, int64_t b, int64_t t) {
+  return p.tree_mask ? __builtin_popcount(own_tokens(p, b, t)) - 1 : t;
+}
+
+// Tokens [0, sink) and [begin, end), sink <= begin: what some query of a sequence sees. No page between is looked at.
+struct Visible {
+  int64_t sink, begin, end;
+  int64_t tokens() const { return sink + end - begin; }
+};
+inline Visible visible_tokens(const AttentionParams& p, int64_t b, int64_t g) {
+  const int64_t len = p.seq_lens[b] > 0 ? p.seq_lens[b] : 0;
+  const Window w = window_of(p, g);
+  if (w.left < 0) return {0, 0, len};
+  int64_t lowest = 0;
+  if (p.tree_mask) {
+    lowest = p.Tq;
+    for (int64_t t = 0; t < p.Tq; ++t)
+      if (depth(p, b, t) < lowest) lowest = depth(p, b, t);
+  }
+  const int64_t begin = len - p.Tq + lowest - w.left;
+  return begin > w.sink ? Visible{w.sink, begin, len} : Visible{0, 0, len};
+}
+
+// A query row: query head `head` of token t of sequence b.
+struct QueryRow {
+  int64_t b, t, head;
+  int64_t base;         // L - Tq; of the tokens before it the row sees those below `sink` and those from `begin` on
+  int64_t sink, begin;  // sink <= begin or begin <= 0
+  int64_t position;     // in the sequence, along its branch of the tree
+  uint32_t own;         // bit j: sees token base + j
+};
+
+inline QueryRow make_row(const AttentionParams& p, int64_t b, int64_t t, int64_t head, Window w) {
+  QueryRow r{b, t, head, p.seq_lens[b] - p.Tq, 0, 0, 0, own_tokens(p, b, t)};
+  r.position = r.base + depth(p, b, t);
+  if (w.left < 0) return r;
+  r.sink = w.sink;
+  r.begin = r.position - w.left;
+  if (r.begin >= r.base)
+    for (int64_t j = 0; j < p.Tq; ++j) {
+      const int64_t position = r.base + depth(p, b, j);
+      if (position < r.begin && position >= r.sink) r.own &= ~(1u << j);
+    }
+  return r;
+}
+
+// Tokens that all rows of a block see: those below `sink`, and those in [begin, end).
+struct Unmasked {
+  int64_t sink = INT64_MAX, begin = 0, end = INT64_MAX;
+  void add(const QueryRow& r) {
+    const int64_t last = r.base + __builtin_ctz(~r.own);
+    if (r.sink < sink) sink = r.sink;
+    if (r.begin > begin) begin = r.begin;
+    if (last < end) end = last;
+  }
+  bool contains(int64_t from, int64_t to) const { return to <= end && (from >= begin || to <= sink); }
+};
+
+// Scores x[0] ... x[n - 1] of the tokens from `start` on become -inf where the row does not see the token.
+inline void hide_tokens(const AttentionParams& p, const QueryRow& r, int64_t start, int64_t n, float* x) {
+  const auto column = [&](int64_t token) { return token < start ? 0 : token > start + n ? n : token - start; };
+  const int64_t from = column(r.sink), to = column(r.begin < r.base ? r.begin : r.base);
+  for (int64_t i = from; i < to; ++i) x[i] = -INFINITY;
+  for (int64_t j = 0; j < p.Tq; ++j)
+    if (!(r.own >> j & 1) && r.base + j >= start && r.base + j < start + n) x[r.base + j - start] = -INFINITY;
+}
+
+KK_END
