@@ -67,6 +67,10 @@ void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64
     return;
   }
   if (page_size < 1) c.refuse("page_size must be at least 1, got ", page_size);
+  check_head_dim(c, head_dim, head_dim_from);
+}
+
+void check_head_dim(const Check& c, int64_t head_dim, const char* from, const char* more) {
   switch (head_dim) {
     case 64:
     case 80:
@@ -77,7 +81,7 @@ void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64
     case 256:  // clang-format off
       return;  // clang-format on
   }
-  c.refuse("head_dim must be one of 64, 80, 96, 112, 128, 192, 256; got ", head_dim, " from ", head_dim_from);
+  c.refuse("head_dim must be one of 64, 80, 96, 112, 128, 192, 256", more, "; got ", head_dim, " from ", from);
 }
 
 Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,

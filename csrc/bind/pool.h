@@ -24,6 +24,8 @@ FormatCode format_code(const Check& c, const char* pool, int64_t code);
 // What the format allows: head dims 64 128 256 and multiples of 16 tokens when a side is packed, more when none is.
 void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64_t page_size, int64_t head_dim,
                     const char* head_dim_from);
+// Of 16-bit rows; `more` is what else the caller takes.
+void check_head_dim(const Check& c, int64_t head_dim, const char* from, const char* more = "");
 
 // Binds (or checks) Hkv; D must be bound. `second` is the V cache when f.two_caches, else null.
 Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,

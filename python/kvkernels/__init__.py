@@ -15,9 +15,11 @@ from kvkernels.formats import formats as formats  # after the import of the subm
 from kvkernels.ops import OPS as _OPS
 from kvkernels.paged_kv import KVTransform as KVTransform
 from kvkernels.paged_kv import PagedKV as PagedKV
+from kvkernels.plan import Plan as Plan
 
 if TYPE_CHECKING:
     # For editors and type checkers; at run time ops/ is the list.
+    from kvkernels.ops.flash_decode import flash_decode as flash_decode
     from kvkernels.ops.fwht import fwht as fwht
     from kvkernels.ops.merge_states import merge_states as merge_states
     from kvkernels.ops.pack_pages import pack_pages as pack_pages

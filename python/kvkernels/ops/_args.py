@@ -54,6 +54,15 @@ def one_pool(op: str, kv: PagedKV, pool: int, name: str = "pool") -> tuple[Tenso
     return (*tensors, code) if isinstance(tensors, tuple) else (tensors, None, code)
 
 
+NONE = (None, None, None)  # of an option of three tensors that was not given
+
+
+def three(op: str, name: str, parts: tuple[Tensor, Tensor, Tensor], rule: str) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(parts, tuple) or len(parts) != 3:
+        no_tensor(op, name, parts, rule)
+    return parts
+
+
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:
     """For grad mode: an op without a backward must not be asked for one in silence."""
     for name, t in tensors.items():

@@ -1,14 +1,15 @@
 """quant_attention: decode attention over pages of any mix of formats."""
 
-import math
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from kvkernels.formats import format, formats
-from kvkernels.ops import _args, _reference
+from kvkernels.ops import _args, _attention, _reference
 from kvkernels.paged_kv import PAGE_BITS, PagedKV
+from kvkernels.plan import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDA_DTYPES = (torch.float16, torch.bfloat16)  # tensor cores multiply 16-bit numbers
@@ -29,7 +30,12 @@ def quant_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    head_windows: Tensor | None = None,
+    extra: tuple[Tensor, Tensor, Tensor] | None = None,
+    head_map: Sequence[int] | None = None,
     split_tokens: int | None = None,
+    plan: Plan | None = None,
     return_lse: Literal[False] = False,
     out: Tensor | None = None,
 ) -> Tensor: ...
@@ -47,7 +53,12 @@ def quant_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    head_windows: Tensor | None = None,
+    extra: tuple[Tensor, Tensor, Tensor] | None = None,
+    head_map: Sequence[int] | None = None,
     split_tokens: int | None = None,
+    plan: Plan | None = None,
     return_lse: Literal[True],
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -64,14 +75,20 @@ def quant_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    head_windows: Tensor | None = None,
+    extra: tuple[Tensor, Tensor, Tensor] | None = None,
+    head_map: Sequence[int] | None = None,
     split_tokens: int | None = None,
+    plan: Plan | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v for the last tokens of B sequences, directly on their packed pages.
 
     q             [B, Hq, D], or [B, Tq, Hq, D] with Tq 1 to 16: the last Tq tokens of each sequence, causal (query i
-                  sees keys j <= L - Tq + i). float32 (CPU only), float16 or bfloat16; Hq a multiple of Hkv; after RoPE.
+                  sees keys j <= L - Tq + i). float32 (CPU only), float16 or bfloat16; after RoPE. Query head h reads KV
+                  head h // (Hq / Hkv), unless head_map says otherwise.
                   On CUDA bfloat16 pages need bfloat16 q: their numbers need not fit into float16
     kv            up to 8 pools; D 64, 128, 256 if one is packed, else 64, 80, 96, 112, 128, 192, 256
     page_table    int32 [B, max_pages], entries kv.entry(pool, page) = pool << 28 | page; not read past seq_lens
@@ -81,31 +98,50 @@ def quant_attention(
     softcap       c > 0: scores become c * tanh(score / c)
     sinks         float32 [Hq]: one more logit per head that joins the softmax denominator and lse, but has no value
     alibi_slopes  float32 [Hq] or [B, Hq]: adds -slope * (distance in tokens) to the scores, after the softcap
+    tree_mask     int32 [B, Tq]: the queries are a tree of drafts, not a chain. Bit j of entry i says whether query i
+                  sees token L - Tq + j: its ancestors, and itself (bit i must be set). Its position, for windows and
+                  ALiBi, is L - Tq + its depth; all tokens before L - Tq are seen
+    head_windows  int32 [Hkv, 2] (sink, window): queries of the KV head at position p see tokens 0 ... sink - 1 and
+                  p - window ... p; window -1: all. Not together with window
+    extra         (k, v, bias): one more token per sequence and KV head, which stands for tokens that were dropped: its
+                  score is scale * q.k, after the softcap, plus bias (ln of their number). k, v [B or 1, Hkv, D] in q's
+                  dtype, bias float32 [B or 1, Hkv]; bias -inf: no such token, whatever k and v hold
+    head_map      the KV head of each query head, Hq numbers (at most 256): groups of any sizes, also empty
     split_tokens  None: chosen for speed. A multiple of 16: partial results cover intervals of so many tokens, and the
                   result is bit-identical for any number of threads and any company in the batch
+    plan          None: every sequence by itself. Of `plan_prefix`, with num_queries = Tq: tokens that sequences share
+                  are read once for all of them. Not together with window, head_windows or split_tokens
     return_lse    also return lse float32 [B, Hq] or [B, Tq, Hq]: natural log of the softmax denominator
     out           where to write; q's shape and dtype, contiguous in the last dim
 
-    Returns out, or (out, lse). A query without visible keys (seq_lens 0) gives out 0, lse -inf (with sinks: the sink).
-    ValueError: dtypes, shapes, devices, formats or page sizes that do not fit, seq_lens or page ids out of range (seen
-    on CPU, checked there on every call), inputs that require grad (there is no backward). Values in unread pages and in
-    tokens past seq_lens do not matter, NaN included.
+    Returns out, or (out, lse). A query without visible keys (seq_lens 0) gives out 0, lse -inf, unless it has a sink or
+    an extra token. ValueError: dtypes, shapes, devices, formats or page sizes that do not fit; seq_lens, page ids, bits
+    of tree_mask or a plan that are wrong (seen on CPU, checked there on every call); inputs that require grad (there is
+    no backward). Values in unread pages and in tokens past seq_lens do not matter, NaN included.
 
-    Source: Dao 2023, Flash-Decoding (split over tokens); Kwon et al. 2023, arXiv:2309.06180 (pages); rotated keys and
-    values as in RotateKV, arXiv:2501.16383; sinks as in gpt-oss; softcap as in Gemma 2, arXiv:2408.00118.
+    Source: Dao 2023, Flash-Decoding (split over tokens); Sanovar et al. 2024, arXiv:2405.10480 (LeanAttention: equal
+    shares of all tokens); Kwon et al. 2023, arXiv:2309.06180 (pages); rotated keys and values as in RotateKV,
+    arXiv:2501.16383; sinks as in gpt-oss; softcap as in Gemma 2, arXiv:2408.00118; head_windows as in StreamingLLM,
+    arXiv:2309.17453, and DuoAttention, arXiv:2410.10819; extra as the compensation token of RazorAttention,
+    arXiv:2407.15891.
     """
     if not isinstance(q, Tensor):
         _args.no_tensor("quant_attention", "q", q)
     if not isinstance(kv, PagedKV):
         _args.no_tensor("quant_attention", "kv", kv, "a PagedKV")
     pools, codes = _args.all_pools("quant_attention", kv)
-    if torch.is_grad_enabled() and (
-        q.requires_grad or sinks is not None or alibi_slopes is not None or out is not None
-    ):
-        _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out)
     left, right = window
     if right > 0:
         raise ValueError(f"quant_attention: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
+    extra_k, extra_v, extra_bias = (
+        _args.NONE if extra is None else _args.three("quant_attention", "extra", extra, "a tuple (k, v, bias)")
+    )
+    nodes, order, leaf = _args.NONE if plan is None else _args.three("quant_attention", "plan", plan, "a Plan")
+    if torch.is_grad_enabled() and (
+        q.requires_grad or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
+    ):
+        _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, extra_k=extra_k,
+                          extra_v=extra_v, extra_bias=extra_bias, out=out)  # fmt: skip
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
@@ -114,7 +150,8 @@ def quant_attention(
         scale = q.shape[-1] ** -0.5
     try:
         _op(q, pools, codes, kv.page_size, page_table, seq_lens, centre, balance, scale, left, softcap, sinks,
-            alibi_slopes, 0 if split_tokens is None else split_tokens, out, lse)  # fmt: skip
+            alibi_slopes, 0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra_k, extra_v,
+            extra_bias, head_map, nodes, order, leaf, out, lse)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("quant_attention", e) from None
     return out if lse is None else (out, lse)
@@ -123,11 +160,15 @@ def quant_attention(
 @torch.library.register_fake("kvkernels::quant_attention")
 def _(q: Tensor, pools: list[Tensor], formats: list[int], page_size: int, page_table: Tensor, seq_lens: Tensor,
       centre: Tensor | None, balance: Tensor | None, scale: float, window_left: int, softcap: float,
-      sinks: Tensor | None, alibi_slopes: Tensor | None, split_tokens: int, out: Tensor,
-      lse: Tensor | None) -> None:  # fmt: skip
+      sinks: Tensor | None, alibi_slopes: Tensor | None, split_tokens: int, tree_mask: Tensor | None,
+      head_windows: Tensor | None, extra_k: Tensor | None, extra_v: Tensor | None, extra_bias: Tensor | None,
+      head_map: list[int] | None, plan_nodes: Tensor | None, plan_order: Tensor | None, plan_leaf: Tensor | None,
+      out: Tensor, lse: Tensor | None) -> None:  # fmt: skip
     numbered = {f"pool tensor {i}": pool for i, pool in enumerate(pools)}
     _args.same_device("quant_attention", q=q, **numbered, page_table=page_table, seq_lens=seq_lens, centre=centre,
-                      balance=balance, sinks=sinks, alibi_slopes=alibi_slopes, out=out, lse=lse)  # fmt: skip
+                      balance=balance, sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask,
+                      head_windows=head_windows, extra_k=extra_k, extra_v=extra_v, extra_bias=extra_bias,
+                      plan_nodes=plan_nodes, plan_order=plan_order, plan_leaf=plan_leaf, out=out, lse=lse)  # fmt: skip
 
 
 def reference(
@@ -136,69 +177,18 @@ def reference(
     page_table: Tensor,
     seq_lens: Tensor,
     *,
-    scale: float | None = None,
-    window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    split_tokens: int | None = None,
-    return_lse: bool = False,
     dtype: torch.dtype = torch.float64,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """out, or out and lse, in `dtype`. Every length and page id is checked; split_tokens changes nothing."""
-    queries = q.to(dtype) if q.dim() == 4 else q.to(dtype).unsqueeze(1)
-    B, Tq, Hq, D = queries.shape
-    group = Hq // kv.num_kv_heads
-    scale = D**-0.5 if scale is None else scale
-    out = torch.zeros(B, Tq, Hq, D, dtype=dtype)
-    lse = torch.full((B, Tq, Hq), -math.inf, dtype=dtype)
-    for b, length in enumerate(seq_lens.tolist()):
-        k, v, first = _visible(kv, page_table, b, length, Tq, window[0], D, dtype)
-        for i in range(Tq):
-            position = length - Tq + i
-            begin = max(0, position - window[0]) if window[0] >= 0 else 0
-            end = max(begin, position + 1)  # a query before the first token sees nothing
-            for h in range(Hq):
-                keys, values = (x[begin - first : end - first, h // group] for x in (k, v))
-                scores = scale * (keys @ queries[b, i, h])
-                if softcap > 0:
-                    scores = softcap * torch.tanh(scores / softcap)
-                if alibi_slopes is not None:
-                    slope = (alibi_slopes if alibi_slopes.dim() == 1 else alibi_slopes[b])[h].to(dtype)
-                    scores = scores - slope * (position - torch.arange(begin, begin + len(scores))).to(dtype)
-                if sinks is not None:
-                    scores = torch.cat((scores, sinks[h : h + 1].to(dtype)))
-                if len(scores) == 0:
-                    continue
-                lse[b, i, h] = torch.logsumexp(scores, 0)
-                out[b, i, h] = torch.softmax(scores, 0)[: len(values)] @ values
-    if q.dim() == 3:
-        out, lse = out.squeeze(1), lse.squeeze(1)
-    return (out, lse) if return_lse else out
+    """out, or out and lse, in `dtype`. Every length and page id is checked."""
+    D = q.shape[-1]
 
+    def read(entry: int, name: str) -> tuple[Tensor, Tensor]:
+        return _reference.read_page(kv, *_reference.locate(kv, entry, name), D, dtype)
 
-def _visible(
-    kv: PagedKV, page_table: Tensor, b: int, length: int, Tq: int, left: int, D: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, int]:
-    """Keys and values [n, Hkv, D] of the pages that sequence b may look at, and the position of the first."""
-    if length < 0:
-        raise ValueError(f"seq_lens[{b}] = {length} is negative")
-    last = -(-length // kv.page_size)
-    if last > page_table.shape[1]:
-        raise ValueError(
-            f"page_table is too narrow: seq_lens[{b}] = {length} needs {last} pages of {kv.page_size} tokens, "
-            f"but page_table.size(1) = {page_table.shape[1]}"
-        )
-    begin = max(0, length - Tq - left) // kv.page_size if left >= 0 else 0
-    pages = [
-        _reference.read_page(kv, *_reference.locate(kv, int(page_table[b, i]), f"page_table[{b}, {i}]"), D, dtype)
-        for i in range(begin, last)
-    ]
-    if not pages:
-        none = torch.zeros(0, kv.num_kv_heads, D, dtype=dtype)
-        return none, none, begin * kv.page_size
-    k, v = (torch.cat([page[side] for page in pages], 1).transpose(0, 1) for side in (0, 1))
-    return k, v, begin * kv.page_size
+    heads = kv.num_kv_heads
+    rows = _attention.rows_of_pages(page_table, kv.page_size, (heads, D), (heads, D), read)
+    return _attention.reference(q, rows, (heads, heads), D, seq_lens, **options, dtype=dtype)
 
 
 def cases() -> list[dict[str, Any]]:
@@ -206,19 +196,7 @@ def cases() -> list[dict[str, Any]]:
     base = {"Tq": 1, "Hq": 4, "Hkv": 2, "D": 128, "page_size": 32, "lens": (70, 1, 0, 129), "dtype": "float32"}
     packed = [f.name for f in formats() if f.packed]
     mixed = ("bf16", "u2", "u4")
-    options: list[dict[str, Any]] = [
-        {"Tq": 5},
-        {"Tq": 16, "lens": (70, 16, 0, 7)},
-        {"window": 40},
-        {"window": 0},
-        {"Tq": 4, "window": 33, "lens": (129, 3, 35, 64)},
-        {"softcap": 5.0},
-        {"sinks": True},
-        {"alibi": 1},
-        {"alibi": 2, "Tq": 3},
-        {"scale": 0.3},
-        {"split_tokens": 16},
-        {"split_tokens": 48, "transform": True, "Tq": 2},
+    own: list[dict[str, Any]] = [
         {"Tq": 3, "window": 50, "softcap": 8.0, "sinks": True, "alibi": 1, "split_tokens": 64, "transform": True},
         {"dtype": "float16"},
         {"dtype": "bfloat16", "Tq": 4},
@@ -228,6 +206,7 @@ def cases() -> list[dict[str, Any]]:
         {"Hq": 14, "Hkv": 2, "Tq": 2},
         {"Hq": 32, "Hkv": 1},
         {"lens": ()},
+        {**_attention.TOGETHER, "transform": True},
     ]
     return [
         *({**base, "formats": (name,), "D": d, "transform": d == 128} for name in packed for d in (64, 128, 256)),
@@ -245,7 +224,11 @@ def cases() -> list[dict[str, Any]]:
             "transform": True,
             "lens": (517, 300),
         },
-        *({**base, "formats": fmts, **option} for option in options for fmts in (("u2",), ("bf16",), mixed)),
+        *(
+            {**base, "formats": fmts, **option}
+            for option in (*_attention.OPTIONS, *own)
+            for fmts in (("u2",), ("bf16",), mixed)
+        ),
         {**base, "formats": ("u2",), "Hq": 8, "lens": (2100, 900), "page_size": 64, "transform": True},
         {**base, "formats": ("bf16",), "Hq": 8, "lens": (2100, 900), "page_size": 64},
     ]
@@ -253,9 +236,9 @@ def cases() -> list[dict[str, Any]]:
 
 def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pages of a sequence go round the pools. What must not be read is poisoned: pages of nobody, tokens past the end,
-    and, with a window, pages before it; table entries that must not be read are no pages at all."""
+    pages outside of windows; table entries that must not be read are no pages at all."""
     gen = torch.Generator().manual_seed(seed)
-    heads, D, page_size, Tq = case["Hkv"], case["D"], case["page_size"], case["Tq"]
+    heads, D, page_size = case["Hkv"], case["D"], case["page_size"]
     lens, names = case["lens"], case["formats"]
     transform = _reference.random_transform(heads, D, gen) if case.get("transform") else None
     pages = [-(-n // page_size) for n in lens]
@@ -264,11 +247,9 @@ def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str
     kv = PagedKV(pools, tuple(format(name.partition(" ")[0]) for name in names), page_size, transform)
 
     free = [torch.randperm(count, generator=gen).tolist() for _ in names]
-    table = torch.full((len(lens), max(pages, default=0) + 2), 0x7FFFFFFF, dtype=torch.int32)
-    left = case.get("window", -1)
+    table = torch.full((len(lens), max(pages, default=0) + 2), _attention.NO_PAGE, dtype=torch.int32)
     for b, length in enumerate(lens):
-        begin = max(0, length - Tq - left) // page_size if left >= 0 else 0
-        for i in range(begin, pages[b]):
+        for i in _attention.seen_pages(case, length):
             pool = (b + i) % len(names)
             page = free[pool].pop()
             table[b, i] = pool << PAGE_BITS | page
@@ -277,36 +258,18 @@ def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str
     for pool, rest in enumerate(free):
         for page in rest:
             _reference.poison_page(kv, pool, page)
-
-    dtype = getattr(torch, case["dtype"])
-    shape = (len(lens), case["Hq"], D) if Tq == 1 else (len(lens), Tq, case["Hq"], D)
-    if case.get("strided"):  # as a slice of a fused qkv projection
-        q = _reference.randn((*shape[:-1], 3 * D), gen, dtype)[..., :D]
-    else:
-        q = _reference.randn(shape, gen, dtype)
-    options: dict[str, Any] = {k: case[k] for k in ("scale", "softcap", "split_tokens") if k in case}
-    options["return_lse"] = True
-    if left >= 0:
-        options["window"] = (left, 0)
-    if case.get("sinks"):
-        options["sinks"] = 2 * _reference.randn((case["Hq"],), gen)
-    if case.get("alibi"):
-        slopes = 2.0 ** -torch.arange(1.0, case["Hq"] + 1)
-        options["alibi_slopes"] = slopes if case["alibi"] == 1 else slopes + torch.rand(len(lens), 1, generator=gen)
-    return (q, kv, table, torch.tensor(lens, dtype=torch.int32)), options
+    q = _attention.random_queries(case, D, gen)
+    return (q, kv, table, torch.tensor(lens, dtype=torch.int32)), _attention.random_options(case, heads, D, D, gen)
 
 
 def cost(case: dict[str, Any]) -> tuple[int, int]:
     """Bytes of the pages that a query looks at, and of q and out; flops of q k^T and p v."""
     page_size, D, Tq, names = case["page_size"], case["D"], case["Tq"], case["formats"]
     sizes = [format(name.partition(" ")[0]).data_bytes(page_size, D) for name in names]
-    left = case.get("window", -1)
     moved = flops = 0
     for b, length in enumerate(case["lens"]):
-        begin = max(0, length - Tq - left) if left >= 0 else 0
-        for i in range(begin // page_size, -(-length // page_size)):
-            tokens = min((i + 1) * page_size, length) - max(i * page_size, begin)
+        for i, tokens in _attention.seen_pages(case, length).items():
             moved += sizes[(b + i) % len(names)] * tokens // page_size * case["Hkv"]
-        flops += 4 * (length - begin) * Tq * case["Hq"] * D
+            flops += 4 * tokens * Tq * case["Hq"] * D
     vectors = 2 * len(case["lens"]) * Tq * case["Hq"] * D
     return moved + vectors * getattr(torch, case["dtype"]).itemsize, flops

@@ -1,0 +1,60 @@
+// What the attention ops have in common: everything but where K and V lie.
+//
+//   Check c("op");
+//   AttentionParams p{};
+//   const Queries q = check_queries(c, q_arg, p);  // binds B Tq Hq D
+//   ... pools, page_size, Hkv, k_share, v_share, Dv, transform; binds Dv, and Hkv where K and V have as many heads ...
+//   attend(c, p, q, names, page_table, seq_lens, options, out, lse);
+#pragma once
+#include <vector>
+
+#include "bind/check.h"
+#include "kvkernels/ops/attention.h"
+
+namespace kk::bind {
+
+// As they come from torch.
+struct AttentionOptions {
+  double scale;
+  int64_t window_left;
+  double softcap;
+  const std::optional<Tensor>& sinks;
+  const std::optional<Tensor>& alibi_slopes;
+  int64_t split_tokens;
+  const std::optional<Tensor>& tree_mask;
+  const std::optional<Tensor>& head_windows;
+  const std::optional<Tensor>& extra_k;
+  const std::optional<Tensor>& extra_v;
+  const std::optional<Tensor>& extra_bias;
+  const std::optional<std::vector<int64_t>>& head_map;
+  const std::optional<Tensor>& plan_nodes;
+  const std::optional<Tensor>& plan_order;
+  const std::optional<Tensor>& plan_leaf;
+};
+// Their part of a schema.
+#define KK_ATTENTION_OPTIONS                                                                                           \
+  "float scale, SymInt window_left, float softcap, Tensor? sinks, Tensor? alibi_slopes, SymInt split_tokens, Tensor? " \
+  "tree_mask, Tensor? head_windows, Tensor? extra_k, Tensor? extra_v, Tensor? extra_bias, int[]? head_map, Tensor? "   \
+  "plan_nodes, Tensor? plan_order, Tensor? plan_leaf"
+
+struct Queries {
+  View view;
+  bool several;  // [B, Tq, Hq, D], else [B, Hq, D]
+};
+Queries check_queries(Check& c, const Tensor& q, AttentionParams& p);
+
+// Hq must be a multiple of the KV heads; they are `name`, and their number came from `from`.
+void check_heads(const Check& c, const Queries& q, int64_t kv_heads, const char* name, const char* from);
+
+// How messages call what differs.
+struct PageNames {
+  const char* table;
+  const char* cache;  // that the entries of the table are pages of; null: they name a pool too
+};
+
+// Checks the rest, fills it in and runs.
+void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& names, const Tensor& page_table,
+            const Tensor& seq_lens, const AttentionOptions& options, const Tensor& out,
+            const std::optional<Tensor>& lse);
+
+}  // namespace kk::bind
