@@ -134,7 +134,7 @@ def on_backend() -> Iterator[None]:
     if CPU:
         yield
         return
-    real = {module: module._op for module in OPS.values()}
+    real = {module: module._op for module in OPS.values() if hasattr(module, "_op")}  # some call others
     for module, op in real.items():
         module._op = elsewhere(op)
     try:
@@ -145,11 +145,12 @@ def on_backend() -> Iterator[None]:
 
 
 def sixteen_bits(case: dict[str, Any]) -> dict[str, Any]:
-    """A case of quant_attention as the CUDA kernels take it: bfloat16 q where a page is, which float16 cannot hold."""
+    """A case of attention as the CUDA kernels take it: bfloat16 q where a page is, which float16 cannot hold."""
     if CPU or case["dtype"] == "bfloat16":
         return case
-    return {**case, "dtype": "bfloat16" if any("bf16" in name for name in case["formats"]) else "float16"}
+    return {**case, "dtype": "bfloat16" if "bf16" in str(case.get("cache", case.get("formats"))) else "float16"}
 
 
-_attention = OPS["quant_attention"]
-_attention.make = lambda case, seed=0, make=_attention.make: make(sixteen_bits(case), seed)  # type: ignore[attr-defined]
+for _name in ("quant_attention", "flash_decode", "prefix_attention"):
+    _op = OPS[_name]
+    _op.make = lambda case, seed=0, make=_op.make: make(sixteen_bits(case), seed)  # type: ignore[attr-defined]

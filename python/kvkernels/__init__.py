@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from kvkernels.ops.fwht import fwht as fwht
     from kvkernels.ops.merge_states import merge_states as merge_states
     from kvkernels.ops.pack_pages import pack_pages as pack_pages
+    from kvkernels.ops.plan_decode import plan_decode as plan_decode
+    from kvkernels.ops.plan_prefix import plan_prefix as plan_prefix
+    from kvkernels.ops.prefix_attention import prefix_attention as prefix_attention
     from kvkernels.ops.quant_attention import quant_attention as quant_attention
     from kvkernels.ops.read_kv import read_kv as read_kv
     from kvkernels.ops.write_kv import write_kv as write_kv
