@@ -3,7 +3,6 @@
 #include "kvkernels/ops/attention.h"
 
 #include "cpu/attention_schedule.h"
-#include "cpu/attention_task.h"
 #include "cpu/entry.h"
 
 KK_BEGIN
@@ -11,7 +10,7 @@ KK_BEGIN
 namespace {
 
 // Score of the extra token of (b, g); -inf: none.
-float extra_score(const AttentionParams& p, const float bias, int64_t b, int64_t t, int64_t head, int64_t g) {
+float extra_score(const AttentionParams& p, float bias, int64_t b, int64_t t, int64_t head, int64_t g) {
   const int64_t q = b * p.q_batch + t * p.q_token + head * p.q_head;
   const int64_t k = b * p.extra.k_batch + g * p.extra.k_head;
   F dot = F::zero();
@@ -42,13 +41,17 @@ void write_row(const AttentionParams& p, int64_t b, int64_t t, int64_t head, int
       lse = joint;
     }
   }
+  float joined[512];
+  if (f_extra != 0.0f) {
+    const int64_t v = b * p.extra.v_batch + g * p.extra.v_head;
+    for (int64_t i = 0; i < p.Dv; i += F::W)
+      fma(load_floats(p.extra.v, p.dtype, v + i), F::fill(f_extra), F::load(sums + i) * F::fill(f)).store(joined + i);
+    sums = joined;
+    f = 1.0f;
+  }
   const int64_t at = b * p.out_batch + t * p.out_token + head * p.out_head;
   for (int64_t i = 0; i < p.Dv; i += F::W) {
-    F x = F::load(sums + i) * F::fill(f);
-    if (f_extra != 0.0f) {
-      const int64_t v = b * p.extra.v_batch + g * p.extra.v_head;
-      x = fma(load_floats(p.extra.v, p.dtype, v + i), F::fill(f_extra), x);
-    }
+    const F x = F::load(sums + i) * F::fill(f);
     if (p.dtype == DType::f32)
       x.store(static_cast<float*>(p.out) + at + i);
     else if (p.dtype == DType::f16)
@@ -95,8 +98,9 @@ void run_tasks(Job& job, int thread) {
 // Softmax states added up in the order they come.
 struct State {
   float m = -INFINITY, l = 0.0f;
-  float sums[512] = {};
+  float sums[512];
 
+  explicit State(int64_t n) { memset(sums, 0, sizeof(float) * n); }
   void add(const float* x, float top, float mass, int64_t n) {
     if (top == -INFINITY) {  // saw nothing: its mass is 0, or NaN where a score was NaN
       l += mass;
@@ -117,21 +121,22 @@ void run_merges(Job& job) {
   const AttentionParams& p = job.p;
   const Schedule& schedule = job.schedule;
   int64_t most = 0;
-  for (int64_t g = 0; g < p.Hkv; ++g) most = group_heads(p, g) > most ? group_heads(p, g) : most;
+  for (int64_t g = 0; g < p.Hkv; ++g) most = group_heads(p, g).n > most ? group_heads(p, g).n : most;
   const int64_t blocks = (p.Tq * most + kMergeRows - 1) / kMergeRows;
   for (int64_t i = job.take(); i < p.B * p.Hkv * blocks; i = job.take()) {
-    const int64_t b = i / blocks / p.Hkv, g = i / blocks % p.Hkv, heads = group_heads(p, g);
+    const int64_t b = i / blocks / p.Hkv, g = i / blocks % p.Hkv;
+    const GroupHeads heads = group_heads(p, g);
     const int64_t leaf = p.plan.nodes ? p.plan.leaf[b] : b;
     if (leaf >= 0 && schedule.part(leaf, g).partials < 0) continue;
-    const int64_t begin = i % blocks * kMergeRows, limit = p.Tq * heads;
+    const int64_t begin = i % blocks * kMergeRows, limit = p.Tq * heads.n;
     for (int64_t r = begin; r < begin + kMergeRows && r < limit; ++r) {
-      State state;
+      State state(p.Dv);
       for (int64_t node = leaf; node >= 0; node = p.plan.nodes ? p.plan.nodes[node].parent : -1) {
         const Schedule::Partials x = schedule.partials(node, g, schedule.first_row(b, node, g) + r);
         for (int64_t k = 0; k < x.intervals; ++k)
           state.add(x.sums + k * x.step, x.top[k * x.step], x.mass[k * x.step], p.Dv);
       }
-      write_row(p, b, r / heads, query_head(p, g, r % heads), g, state.sums, state.m, state.l);
+      write_row(p, b, r / heads.n, heads[r % heads.n], g, state.sums, state.m, state.l);
     }
   }
 }

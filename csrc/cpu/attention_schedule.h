@@ -130,7 +130,7 @@ class Schedule {
   }
   // Number of the first row of sequence b among those of a node of the plan.
   int64_t first_row(int64_t b, int64_t node, int64_t g) const {
-    return p.plan.nodes ? (rank_[b] - p.plan.nodes[node].first) * p.Tq * group_heads(p, g) : 0;
+    return p.plan.nodes ? (rank_[b] - p.plan.nodes[node].first) * p.Tq * group_heads(p, g).n : 0;
   }
 
  private:
@@ -168,7 +168,7 @@ class Schedule {
       s.visible = visible_tokens(p, node, s.group);
       s.alone = true;
     }
-    s.rows = sequences * p.Tq * group_heads(p, s.group);
+    s.rows = sequences * p.Tq * group_heads(p, s.group).n;
     s.blocks = (s.rows + kMaxRows - 1) / kMaxRows;
     s.block_rows = s.blocks > 1 ? round_up((s.rows + s.blocks - 1) / s.blocks, 16) : s.rows;
     return s;

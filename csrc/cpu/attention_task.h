@@ -182,7 +182,8 @@ struct Task {
   // ---- queries
 
   void begin(const Block& block) {
-    const int64_t heads = group_heads(p, block.g), b = block.b;
+    const GroupHeads heads = group_heads(p, block.g);
+    const int64_t b = block.b;
     const Window window = window_of(p, block.g);
     rows = block.rows;
     k_head = block.g / p.k_share;
@@ -193,16 +194,17 @@ struct Task {
     rot_ready = false;
     for (int i = 0; i < p.num_pools; ++i) state[i].acc_used = state[i].words_ready = false;
     const F scale = F::fill(p.scale);
-    int64_t head = block.first % heads, t = block.first / heads % p.Tq, seq = block.first / heads / p.Tq;
+    const int64_t token = block.first / heads.n;
+    int64_t head = block.first % heads.n, t = token % p.Tq, seq = token / p.Tq;
     for (int r = 0; r < rows; ++r) {
-      query[r] = make_row(p, block.sequences ? block.sequences[seq] : b, t, query_head(p, block.g, head), window);
+      set_row(query[r], p, block.sequences ? block.sequences[seq] : b, t, heads[head], window);
       unmasked.add(query[r]);
       const int64_t at = query[r].b * p.q_batch + t * p.q_token + query[r].head * p.q_head;
       for (int64_t i = 0; i < D; i += F::W) (load_floats(p.q, p.dtype, at + i) * scale).store(q + r * D + i);
       if (q_bf16) memcpy(q_bf16 + r * D, static_cast<const uint16_t*>(p.q) + at, D * sizeof(uint16_t));
       m[r] = -INFINITY;
       l[r] = 0.0f;
-      if (++head == heads) {
+      if (++head == heads.n) {
         head = 0;
         if (++t == p.Tq) t = 0, ++seq;
       }
@@ -574,9 +576,7 @@ struct Task {
       ahead.take(lines);
       if (p.softcap > 0.0f) cap_scores(x, cols);
       if (p.alibi_slopes) add_alibi(x, c, query[r]);
-      if (masked) hide_columns(x, c, cols, query[r]);
-      F top = F::fill(-INFINITY);
-      for (int64_t j = 0; j < cols; j += F::W) top = max(top, F::load(x + j));
+      const F top = masked ? mask(x, c, cols, query[r]) : largest(x, cols);
       const float m_chunk = top.fold_max(), m_new = m_chunk < m[r] ? m[r] : m_chunk;
       // Nothing visible yet: subtract 0, so that -inf gives weight 0 and a NaN score stays a NaN.
       const float base = m_new == -INFINITY ? 0.0f : m_new;
@@ -602,11 +602,33 @@ struct Task {
     }
   }
 
-  void hide_columns(float* x, const Chunk& c, int64_t cols, const QueryRow& r) const {
-    hide_tokens(p, r, c.start, c.n, x);
-    for (int64_t j = 0; j < c.skip; ++j) x[j] = -INFINITY;
-    for (int64_t j = c.n; j < cols; ++j) x[j] = -INFINITY;
+  static F largest(const float* x, int64_t cols) {
+    F top = F::fill(-INFINITY);
+    for (int64_t j = 0; j < cols; j += F::W) top = max(top, F::load(x + j));
+    return top;
   }
+
+  // What the row does not see becomes -inf. Blends, because stores of single floats would stall the loads behind them.
+  F mask(float* x, const Chunk& c, int64_t cols, const QueryRow& r) const {
+    int64_t lo = c.skip, hi = c.n;
+    if (sees_one_run(p)) {
+      if (r.begin - c.start > lo) lo = clamp(r.begin - c.start, c.n);
+      hi = clamp(r.base + r.t + 1 - c.start, c.n);
+    } else {
+      hide_tokens(p, r, c.start, c.n, x);
+    }
+    const F none = F::fill(-INFINITY);
+    F top = none;
+    for (int64_t j = 0; j < cols; j += F::W) {
+      F v = F::load(x + j);
+      if (hi < j + F::W) v = first(static_cast<int>(clamp(hi - j, F::W)), v, none);
+      if (lo > j) v = first(static_cast<int>(clamp(lo - j, F::W)), none, v);
+      v.store(x + j);
+      top = max(top, v);
+    }
+    return top;
+  }
+  static int64_t clamp(int64_t x, int64_t top) { return x < 0 ? 0 : x > top ? top : x; }
 
   void cap_scores(float* x, int64_t cols) {
     for (int64_t j = 0; j < cols; j += F::W) {

@@ -6,12 +6,17 @@
 
 KK_BEGIN
 
-// Query heads of group g.
-inline int64_t group_heads(const AttentionParams& p, int64_t g) {
-  return p.heads.mapped ? p.heads.first[g + 1] - p.heads.first[g] : p.Hq / p.Hkv;
-}
-inline int64_t query_head(const AttentionParams& p, int64_t g, int64_t i) {
-  return p.heads.mapped ? p.heads.order[p.heads.first[g] + i] : g * (p.Hq / p.Hkv) + i;
+// The query heads of a group.
+struct GroupHeads {
+  const uint8_t* list;  // null: first, first + 1, ...
+  int64_t first, n;
+  int64_t operator[](int64_t i) const { return list ? list[i] : first + i; }
+};
+inline GroupHeads group_heads(const AttentionParams& p, int64_t g) {
+  const HeadMap& map = p.heads;
+  if (map.mapped) return {map.order + map.first[g], 0, map.first[g + 1] - map.first[g]};
+  const int64_t n = p.Hq / p.Hkv;
+  return {nullptr, g * n, n};
 }
 
 // A query at position i sees keys j < sink and j >= i - left; left < 0: every key.
@@ -59,10 +64,14 @@ struct QueryRow {
   uint32_t own;         // bit j: sees token base + j
 };
 
-inline QueryRow make_row(const AttentionParams& p, int64_t b, int64_t t, int64_t head, Window w) {
-  QueryRow r{b, t, head, p.seq_lens[b] - p.Tq, 0, 0, 0, own_tokens(p, b, t)};
+// In place: a row made elsewhere and copied by a vector would wait for the scalar stores that made it.
+inline void set_row(QueryRow& r, const AttentionParams& p, int64_t b, int64_t t, int64_t head, Window w) {
+  r.b = b, r.t = t, r.head = head;
+  r.base = p.seq_lens[b] - p.Tq;
+  r.own = own_tokens(p, b, t);
   r.position = r.base + depth(p, b, t);
-  if (w.left < 0) return r;
+  r.sink = r.begin = 0;
+  if (w.left < 0) return;
   r.sink = w.sink;
   r.begin = r.position - w.left;
   if (r.begin >= r.base)
@@ -70,8 +79,10 @@ inline QueryRow make_row(const AttentionParams& p, int64_t b, int64_t t, int64_t
       const int64_t position = r.base + depth(p, b, j);
       if (position < r.begin && position >= r.sink) r.own &= ~(1u << j);
     }
-  return r;
 }
+
+// Without tree and sinks a row sees one run of tokens: from `begin` to its own.
+inline bool sees_one_run(const AttentionParams& p) { return !p.tree_mask && !p.head_windows; }
 
 // Tokens that all rows of a block see: those below `sink`, and those in [begin, end).
 struct Unmasked {
