@@ -115,6 +115,11 @@ void check_plan(const Check& c, const AttentionParams& p, const PageNames& names
     if (leaf < 0 ? p.seq_lens[b] == 0 : p.seq_lens[b] > 0 && leaf < plan.num_nodes) {
       if (leaf < 0) continue;
       const PlanNode& n = plan.nodes[leaf];
+      int depth = 1;
+      for (int32_t up = n.parent; up >= 0; up = plan.nodes[up].parent) ++depth;
+      if (depth > kMaxPlanDepth)
+        c.refuse("plan.leaf[", b, "] = ", leaf, " has ", depth - 1, " nodes above it, but a plan has at most ",
+                 kMaxPlanDepth, " on one another");
       if (n.first <= at && at < n.last && n.end == p.seq_lens[b]) continue;
     }
     c.refuse("plan.leaf[", b, "] = ", leaf, " is not the node with the end of the sequence; seq_lens[", b,

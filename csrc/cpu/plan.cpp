@@ -16,6 +16,7 @@ struct Class {
   int32_t pages;        // that all have in common, at least
   int32_t begin;        // first token that no node holds yet
   int32_t parent;
+  int32_t depth;  // of parent: nodes above
 };
 
 // Node numbers while the tree is made: the leaf of sequence b is b, shared nodes follow from B.
@@ -36,7 +37,7 @@ int32_t slots_of(int64_t entries) {
 
 struct Planner {
   const PlanParams& p;
-  int32_t B, num_links, depth = 0;
+  int32_t B, num_links, height = 0;                                   // of the stack
   int32_t *shareable, *common, *member, *sorted, *group, *group_end;  // [B]
   Links* links;                                                       // [2 B]
   Class* stack;                                                       // [B]
@@ -72,14 +73,14 @@ struct Planner {
   }
 
   // member[first, last) agree on `pages` pages and part there, but for those with the same next page.
-  void part(int32_t first, int32_t last, int32_t pages, int32_t begin, int32_t parent) {
+  void part(int32_t first, int32_t last, int32_t pages, const Class& from) {
     const uint32_t mask = static_cast<uint32_t>(slots_of(last - first)) - 1;
     for (uint32_t i = 0; i <= mask; ++i) slot[i].group = -1;
     int32_t groups = 0, grouped = 0;
     for (int32_t i = first; i < last; ++i) {
       const int32_t b = member[i];
       if (shareable[b] == pages) {
-        add(b, begin, p.seq_lens[b], parent);
+        add(b, from.begin, p.seq_lens[b], from.parent);
         continue;
       }
       const int32_t entry = row(b)[pages];
@@ -93,21 +94,21 @@ struct Planner {
     }
     for (int32_t g = 0, end = first; g < groups; ++g) {
       const int32_t count = group_end[g];
-      if (count > 1) stack[depth++] = {end, end + count, pages, begin, parent};
+      if (count > 1) stack[height++] = {end, end + count, pages, from.begin, from.parent, from.depth};
       group_end[g] = end;
       end += count;
     }
     for (int32_t i = 0; i < grouped; ++i) sorted[group_end[group[i]]++] = member[first + i];
     for (int32_t i = 0; i < grouped; ++i) {
       const int32_t b = member[first + i] = sorted[first + i];
-      add(b, begin, p.seq_lens[b], parent);  // of a group, its node will be another
+      add(b, from.begin, p.seq_lens[b], from.parent);  // of a group, its node will be another
     }
   }
 
   void divide(Class c) {
     const int32_t leader = member[c.first];
     for (int32_t i = c.first + 1; i < c.last; ++i) common[member[i]] = common_pages(leader, member[i], c.pages + 1);
-    while (c.last - c.first > 1) {
+    while (c.last - c.first > 1 && c.depth < kMaxPlanDepth - 1) {
       int32_t pages = common[member[c.first + 1]];
       for (int32_t i = c.first + 2; i < c.last; ++i)
         if (common[member[i]] < pages) pages = common[member[i]];
@@ -116,6 +117,7 @@ struct Planner {
         const int32_t end = static_cast<int32_t>(pages * p.page_size);
         c.parent = add(num_links++, c.begin, end, c.parent);
         c.begin = end;
+        ++c.depth;
       }
       // Those that go on with the leader stay in front.
       int32_t stay = c.first + 1, leave = 0;
@@ -127,10 +129,10 @@ struct Planner {
           sorted[leave++] = b;
       }
       for (int32_t i = 0; i < leave; ++i) member[stay + i] = sorted[i];
-      part(stay, c.last, pages, c.begin, c.parent);
+      part(stay, c.last, pages, c);
       c.last = stay;
     }
-    add(leader, c.begin, p.seq_lens[leader], c.parent);
+    for (int32_t i = c.first; i < c.last; ++i) add(member[i], c.begin, p.seq_lens[member[i]], c.parent);
   }
 
   void make_tree() {
@@ -141,8 +143,8 @@ struct Planner {
       shareable[b] = static_cast<int32_t>(pages < p.max_pages ? pages : p.max_pages);
       if (p.seq_lens[b] > 0) member[full++] = b;
     }
-    part(0, full, 0, 0, -1);
-    while (depth > 0) divide(stack[--depth]);
+    part(0, full, 0, {0, full, 0, 0, -1, 0});
+    while (height > 0) divide(stack[--height]);
   }
 
   // Preorder. A node is first met through its smallest sequence, so children are linked in the right order.

@@ -7,7 +7,8 @@ namespace kk {
 // Finds the sequences whose leading page-table entries are equal: a tree of runs of pages, each of which ends where its
 // sequences cease to agree, or where the pages of one that may be shared are over. A run of T tokens and n sequences is a
 // node if T (n - 1) >= min_tokens * n, because a node costs each of its sequences one more partial result; else its tokens
-// go to each of its children, whose turn is then. What a sequence has to itself is a node too, its leaf.
+// go to each of its children, whose turn is then; below kMaxPlanDepth - 1 nodes all go to the leaves. What a sequence has
+// to itself is a node too, its leaf.
 // Nodes stand in preorder, children by the smallest sequence number below them, and so does `order`; empty sequences come
 // last in it. Unused nodes are zeros with parent -1. The same on every device.
 struct PlanParams {
@@ -15,9 +16,8 @@ struct PlanParams {
   int64_t max_pages, table_stride, page_size;
   const int32_t* seq_lens;  // [B]
   int64_t B;
-  int64_t
-      num_queries;  // of a sequence, at least 1: the whole pages among its first seq_lens - num_queries tokens may be
-                    // shared
+  // Of a sequence, at least 1: the whole pages among its first seq_lens - num_queries tokens may be shared.
+  int64_t num_queries;
   int64_t min_tokens;
   PlanNode* nodes;  // [2 B]
   int32_t* order;   // [B]

@@ -11,6 +11,7 @@ from kvkernels.plan import Plan
 DTYPES = (torch.int32,)
 FORMATS = ()
 MIN_TOKENS = 64  # the default of min_tokens
+MAX_DEPTH = 8  # kMaxPlanDepth: nodes of a sequence, its leaf among them
 
 _op = torch.ops.kvkernels.plan.default
 
@@ -28,7 +29,8 @@ def plan_prefix(
                  else by each group that goes on from there. None: 64
 
     Returns a Plan on the device of its arguments, for `plan=` of quant_attention, flash_decode and prefix_attention:
-    any number of groups, trees of any depth. One for all layers of a step. Found on the device, without waiting for it;
+    any number of groups, trees of up to 8 levels (what is shared further down is read by each sequence for itself). One
+    for all layers of a step. Found on the device, without waiting for it;
     in a CUDA graph it follows the tables and lengths of each replay. The same on CPU and CUDA. ValueError: dtypes,
     shapes or numbers that do not fit; seq_lens that are negative or do not fit the table (seen on CPU, checked there on
     every call); on CUDA B above 1024.
@@ -71,12 +73,14 @@ def reference(
     rows = [row[: max(0, n - num_queries) // page_size] for row, n in zip(page_table.tolist(), lens)]
     least = MIN_TOKENS if min_tokens is None else min_tokens
     children: dict[int, list[tuple[int, int]]] = {-1: []}  # node -> (smallest sequence, node)
-    spans: list[tuple[int, int, int]] = []  # of a node: first token, last token, its parent
+    spans: list[tuple[int, int, int]] = []  # of a node: first token, one past its last, its parent
+    depth = {-1: 0}
 
     def add(sequence: int, begin: int, end: int, parent: int) -> int:
         node = len(spans)
         spans.append((begin, end, parent))
         children[node] = []
+        depth[node] = depth[parent] + 1
         children[parent].append((sequence, node))
         return node
 
@@ -84,8 +88,8 @@ def reference(
     todo = [([b for b, n in enumerate(lens) if n > 0], 0, 0, -1)]
     while todo:
         members, pages, begin, parent = todo.pop()  # members agree on `pages` pages; `parent` ends at token `begin`
-        if len(members) == 1:
-            leaf_of[members[0]] = add(members[0], begin, lens[members[0]], parent)
+        if len(members) == 1 or depth[parent] == MAX_DEPTH - 1:
+            leaf_of.update((b, add(b, begin, lens[b], parent)) for b in members)
             continue
         shortest = min((len(rows[b]) for b in members), default=0)
         while pages < shortest and len({rows[b][pages] for b in members}) == 1:
