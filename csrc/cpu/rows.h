@@ -95,48 +95,69 @@ inline void row_scores(const Load& load, int n, const float* q, int64_t ldq, int
 #if defined(__AVX512F__)
 // The same for bf16 keys and bf16 queries with the instruction made for it: products in pairs, summed in fp32. No object is
 // compiled for processors that have it; being one instruction, it stands here by name, and callers ask has_avx512bf16().
+inline void dot_bf16(__m512& sum, __m512i x, __m512i y) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); }
+
+// Sixteen sums a step: R rows times 16 / R tokens. Loops over registers are unrolled and the function is kept apart: inside
+// a larger one the compiler makes arrays in memory of them, which costs half the speed.
 template <int R, int64_t N>
-inline void bf16_scores_block(const LoadBf16& load, int c0, int n, const uint16_t* q, F scale, float* s, Ahead& ahead,
-                              int lines) {
-  constexpr int TG = kFold;
-  F part[R][F::W / kFold];
-  for (int r = 0; r < R; ++r)
-    for (F& x : part[r]) x = F::zero();
-  for (int c = 0; c < F::W && c0 + c < n; c += TG) {
-    int token[TG];
-    for (int t = 0; t < TG; ++t) token[t] = c0 + c + t < n ? c0 + c + t : n - 1;
-    __m512 acc[R][TG];
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < TG; ++t) acc[r][t] = _mm512_setzero_ps();
-    ahead.take(lines);
-    for (int64_t i = 0; i < N; i += 32) {
-      const __mmask32 some = N - i >= 32 ? 0xffffffffu : 0xffffu;  // head dims are multiples of 16
-      __m512i k[TG];
-      for (int t = 0; t < TG; ++t) k[t] = _mm512_maskz_loadu_epi16(some, load.rows[token[t]] + i * 2);
+[[gnu::noinline]] void bf16_scores_block(const LoadBf16& load, int n, const uint16_t* q, float scale, float* s,
+                                         Ahead& ahead, int lines) {
+  constexpr int kGroups = 4 / R;  // of 4 tokens
+  for (int c = 0; c < n; c += 4 * kGroups) {
+    F part[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+      ahead.take(lines);
+      const uint8_t* const* row = load.rows + c + 4 * g;
+      __m512 acc[R][4];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; ++t) acc[r][t] = _mm512_setzero_ps();
+      const auto products = [&](int64_t i, __mmask32 some) __attribute__((always_inline)) {
+        __m512i k[4];
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; ++t) k[t] = _mm512_maskz_loadu_epi16(some, row[t] + i * 2);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const __m512i x = _mm512_maskz_loadu_epi16(some, q + r * N + i);
+#pragma GCC unroll 4
+          for (int t = 0; t < 4; ++t) dot_bf16(acc[r][t], k[t], x);
+        }
+      };
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < N / 32 * 32; i += 32) products(i, 0xffffffffu);
+      if (N % 32) products(N / 32 * 32, 0xffffu);  // head dims are multiples of 16
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const __m512i x = _mm512_maskz_loadu_epi16(some, q + r * N + i);
-        for (int t = 0; t < TG; ++t) asm("vdpbf16ps %2, %1, %0" : "+v"(acc[r][t]) : "v"(k[t]), "v"(x));
+        const F sums[4] = {acc[r][0], acc[r][1], acc[r][2], acc[r][3]};
+        part[r * kGroups + g] = fold(sums);
       }
     }
-    for (int r = 0; r < R; ++r) {
-      const F sums[TG] = {acc[r][0], acc[r][1], acc[r][2], acc[r][3]};
-      part[r][c / TG] = fold(sums);
+    const __m512 x = _mm512_mul_ps(sum_folded(part).v, _mm512_set1_ps(scale));
+    if constexpr (R == 1) _mm512_storeu_ps(s + c, x);
+    if constexpr (R == 2) {
+      _mm256_storeu_ps(s + c, _mm512_castps512_ps256(x));
+      _mm256_storeu_ps(s + kChunk + c, _mm512_extractf32x8_ps(x, 1));
+    }
+    if constexpr (R == 4) {
+      _mm_storeu_ps(s + c, _mm512_castps512_ps128(x));
+      _mm_storeu_ps(s + kChunk + c, _mm512_extractf32x4_ps(x, 1));
+      _mm_storeu_ps(s + 2 * kChunk + c, _mm512_extractf32x4_ps(x, 2));
+      _mm_storeu_ps(s + 3 * kChunk + c, _mm512_extractf32x4_ps(x, 3));
     }
   }
-  for (int r = 0; r < R; ++r) (sum_folded(part[r]) * scale).store(s + r * kChunk + c0);
 }
 
-// s[r][c] = scale * q[r] . row c, q bf16 [rows][N]
+// s[r][c] = scale * q[r] . row c, q bf16 [rows][N]. All kRowChunk row pointers can be read.
 template <int64_t N>
 inline void bf16_scores(const LoadBf16& load, int n, const uint16_t* q, float scale, int rows, float* s, Ahead& ahead,
                         int sixteenths) {
-  const F f = F::fill(scale);
-  const int lines = ahead.share(sixteenths, row_blocks(rows) * ((n + kFold - 1) / kFold));
+  const int lines = ahead.share(sixteenths, (rows / 4 + rows / 2 % 2 + rows % 2) * ((n + 3) / 4));
   int r = 0;
-  for (; r + 4 <= rows; r += 4)
-    for (int c = 0; c < n; c += F::W) bf16_scores_block<4, N>(load, c, n, q + r * N, f, s + r * kChunk, ahead, lines);
-  for (; r < rows; ++r)
-    for (int c = 0; c < n; c += F::W) bf16_scores_block<1, N>(load, c, n, q + r * N, f, s + r * kChunk, ahead, lines);
+  for (; r + 4 <= rows; r += 4) bf16_scores_block<4, N>(load, n, q + r * N, scale, s + r * kChunk, ahead, lines);
+  if (r + 2 <= rows) bf16_scores_block<2, N>(load, n, q + r * N, scale, s + r * kChunk, ahead, lines), r += 2;
+  if (r < rows) bf16_scores_block<1, N>(load, n, q + r * N, scale, s + r * kChunk, ahead, lines);
 }
 #endif
 
