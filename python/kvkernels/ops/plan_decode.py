@@ -21,7 +21,7 @@ def plan_decode(seq_lens: Tensor) -> Plan:
 
     Returns a Plan on the device of seq_lens, for code that always passes one. Made on the device, without waiting for
     it; in a CUDA graph it follows the lengths of each replay. ValueError: a dtype or shape that does not fit, negative
-    lengths (seen on CPU), on CUDA B above 1024.
+    lengths (seen on CPU), on CUDA B above 2048.
 
     Source: Sanovar et al. 2024, arXiv:2405.10480 (LeanAttention: one schedule for all lengths).
     """

@@ -33,7 +33,7 @@ def plan_prefix(
     for all layers of a step. Found on the device, without waiting for it;
     in a CUDA graph it follows the tables and lengths of each replay. The same on CPU and CUDA. ValueError: dtypes,
     shapes or numbers that do not fit; seq_lens that are negative or do not fit the table (seen on CPU, checked there on
-    every call); on CUDA B above 1024.
+    every call); on CUDA B above 2048.
 
     Source: Juravsky et al. 2024, arXiv:2402.05099 (Hydragen: queries of a shared prefix as rows of one product); Pan et
     al., MLSys 2025 (FastTree: trees of prefixes, and a cost that decides which nodes are worth it).
