@@ -1,10 +1,16 @@
-// How an attention launch shares its work: units (up to 64 tokens of one page), segments (a range of units of one
-// sequence, KV head and row tile), and the places of partial results. Host and both kernels see the same Plan.
+// How an attention launch shares its work: units (up to 64 tokens of one page),
+// segments (a range of units of one node, group and row tile), and the places
+// of partial results. Host and both kernels see the same Layout.
 //
-// Blocks take equal shares of all units, so that at most two segments of a block are parts of a (sequence, KV head, row
-// tile); those go to the workspace and a second kernel merges them. Both kernels find the shares by the same arithmetic
-// from seq_lens: no plan on the host, no atomics. With split_tokens segments are fixed intervals, whatever the batch.
-// Source: equal shares as in FlashMLA's get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge).
+// A node is a run of tokens of one sequence, or of several that share them
+// (plan_node.h); its rows are the queries of all its sequences. Blocks take
+// equal shares of the list (node, group, row tile, unit), so that at most two
+// segments of a block are cut from a (node, group, row tile). Both kernels find
+// the shares by the same arithmetic from what lies on the device: no plan on
+// the host, no atomics. With split_tokens segments are fixed intervals,
+// whatever the batch. Source: equal shares as in FlashMLA's
+// get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge);
+// Juravsky 2024, Hydragen (queries of a shared prefix as rows of one product).
 #pragma once
 #include "cuda/rows.cuh"
 #include "kvkernels/ops/attention.h"
@@ -12,12 +18,15 @@
 namespace kk::cuda {
 
 constexpr int kMaxWarps = 4;
-constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps idle and make more parts to merge
+constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps
+                                           // idle and make more parts to merge
 
-// The queries that the K side of a format is multiplied with. Each kind that the pools need is made once per segment.
+// The queries that the K side of a format is multiplied with. Each kind that
+// the pools need is made once per segment.
 enum Queries : int { kQueriesF16, kQueriesBf16, kQueriesRotated, kQueriesRotatedRest, kQueriesPlain, kQueryKinds };
 
-// One side of a page of packed format is up to three arrays. In a stage they lie behind each other.
+// One side of a page of packed format is up to three arrays. In a stage they
+// lie behind each other.
 struct SideArray {
   int offset;  // in the side
   int stride;  // bytes of a token
@@ -26,86 +35,167 @@ struct SideArray {
 struct SideArrays {
   SideArray array[3];
 };
-struct PoolPlan {
-  SideArrays k, v;  // k may be the whole page, which has both sides in one piece; v is empty then
+struct PoolLayout {
+  SideArrays k, v;  // k may be the whole page, which has both sides in one
+                    // piece; v is empty then
   int tokens;       // of a stage: 16 where a side has 16-bit rows, else a unit
-  int v_offset;     // of the V side in a stage
+  int v_offset;     // of the V side in a stage; that of the K side where V lies in
+                    // K's rows
 };
 
-struct Plan {
-  int group, rows, row_tiles;  // rows = Tq * group, in tiles of 8 NT
-  int unit;                    // tokens; divides page_size and split_tokens, or is 16
-  int64_t splits;              // of a sequence, at most; 0: equal shares
+struct Layout {
+  int group;       // query heads of every group, or 0 where they differ
+  bool uniform;    // groups of a node have the same rows and the same visible
+                   // tokens
+  int tile_rows;   // rows of a warp. A group with no more of them is one tile,
+                   // whose units the warps share;
+  int block_rows;  // a larger one has tiles of so many, and the warps go through
+                   // all units, each for its own rows
+  int unit;        // tokens; divides page_size and split_tokens, or is 16
+  int64_t tiles;   // row tiles of a sequence
+  int64_t splits;  // of a sequence, at most; 0: equal shares
+  int64_t whole;   // first partial row of what was not cut:
+                   // [kMaxPlanDepth][B][Tq][Hq], with a sharing plan
   int blocks, warps, stages;
-  // Shared memory: queries of each kind | per warp: scores of a stage, stages, sums (over the stages if they may)
+  // Shared memory: queries of each kind | per warp: scores of a stage, stages,
+  // sums (over the stages if they may)
   int queries[kQueryKinds];  // offset; < 0: not needed
   int warps_offset, warp_bytes, stages_offset, stage_bytes, sums_offset;
-  uint32_t page_magic;  // x / page_size = x * page_magic >> page_shift for 0 <= x < 2^31
+  uint32_t page_magic;  // x / page_size = x * page_magic >> page_shift for 0 <=
+                        // x < 2^31
   int page_shift;
-  PoolPlan pools[kMaxPools];
+  PoolLayout pools[kMaxPools];
   int64_t smem;
   bool mixed_basis;    // the pools' V sums have different bases
   bool rotate_at_end;  // all of them are rotated
-  bool q_vector, out_vector;
-  float row_factor;  // on the weights of 16-bit values: kWeightFactor, or 1 where bf16 is among them and might overflow
+  bool q_vector, out_vector, extra_vector;
+  float row_factor;  // on the weights of 16-bit values: kWeightFactor, or 1
+                     // where bf16 is among them and might overflow
   uint32_t bias;     // kBias
-  float* partials;   // [2 blocks] or [B, Hkv, row_tiles, splits] slots: sums [8 NT][D], then State [8 NT]
+  float* partials;   // rows of partial_floats(): [2 blocks or (B, tile,
+                     // split)][block_rows], then `whole`
 };
 
 struct Params : AttentionParams {
-  Plan plan;
+  Layout layout;
 };
 
 struct State {
   float m, l;  // running maximum in units of log 2, sum of exp2(score - m)
 };
 
-KK_HD int64_t slot_floats(int64_t D, int tile_rows) { return tile_rows * (D + 2); }
+// A partial row: sums [Dv], State, and two floats that keep the next one
+// aligned.
+KK_HD int64_t partial_floats(int64_t Dv) { return Dv + 4; }
 
 // ---- geometry, the same in both kernels
 
-struct Visible {
-  int len, begin;         // tokens that a query may see: [begin, len)
-  int first_unit, units;  // units from first_unit on
+struct Node {
+  int first, sequences;  // in the plan's order
+  int begin, end;        // tokens
 };
 
-__device__ __forceinline__ Visible visible(const Params& p, int64_t b) {
+__device__ __forceinline__ int64_t num_nodes(const Params& p) { return p.plan.nodes ? p.plan.num_nodes : p.B; }
+
+__device__ __forceinline__ Node node_at(const Params& p, int64_t n) {
   const int64_t room = p.max_pages * p.page_size;
-  const int64_t len = p.seq_lens[b] < 0 ? 0 : p.seq_lens[b] > room ? room : p.seq_lens[b];
-  const int64_t first = len - p.Tq - p.window_left;
-  Visible v;
-  v.len = static_cast<int>(len);
-  v.begin = p.window_left >= 0 && first > 0 ? static_cast<int>(first) : 0;
-  v.first_unit = v.begin / p.plan.unit;
-  v.units = len > 0 ? (v.len - 1) / p.plan.unit + 1 - v.first_unit : 0;
-  return v;
+  if (p.plan.nodes) {
+    const PlanNode& x = p.plan.nodes[n];
+    const int end = static_cast<int>(min(int64_t(x.end), room));
+    return {x.first, x.last - x.first, x.begin, x.last > x.first ? end : x.begin};
+  }
+  const int64_t len = p.seq_lens[n];
+  return {static_cast<int>(n), 1, 0, static_cast<int>(len < 0 ? 0 : len > room ? room : len)};
 }
 
-// Fixed intervals of split_tokens. begin(i): first unit of the i-th, counted from the sequence's first visible unit.
+__device__ __forceinline__ int sequence_at(const Params& p, int i) { return p.plan.nodes ? p.plan.order[i] : i; }
+
+__device__ __forceinline__ int group_heads(const Params& p, int group) {
+  return p.heads.mapped ? p.heads.first[group + 1] - p.heads.first[group] : p.layout.group;
+}
+// Query head i of a group.
+__device__ __forceinline__ int head_at(const Params& p, int group, int i) {
+  return p.heads.mapped ? p.heads.order[p.heads.first[group] + i] : group * p.layout.group + i;
+}
+
+KK_HD int64_t num_tiles(const Layout& layout, int64_t rows) {
+  if (rows <= layout.tile_rows) return rows > 0;
+  return (rows + layout.block_rows - 1) / layout.block_rows;
+}
+
+// What of a node's tokens the queries of a group may see: those before `sink`,
+// and [first_token, end). Units are counted from the node's begin; the list has
+// the first sink_units of them and those from first_unit on.
+struct Span {
+  int begin, end;
+  int sink, first_token;
+  int sink_units, first_unit, units;
+  int window;  // < 0: none
+};
+
+__device__ __forceinline__ Span span_of(const Params& p, const Node& node, int group) {
+  Span s{node.begin, node.end, 0, node.begin, 0, 0, 0, -1};
+  int64_t window = p.window_left;
+  if (p.head_windows) {
+    window = p.head_windows[2 * group + 1];
+    if (window >= 0) s.sink = min(max(p.head_windows[2 * group], 0), node.end);
+  }
+  if (window >= 0) {
+    s.window = static_cast<int>(min(window, int64_t(INT32_MAX)));
+    s.first_token = static_cast<int>(max(node.end - p.Tq - window, int64_t(0)));
+  }
+  const int unit = p.layout.unit, all = (node.end - node.begin + unit - 1) / unit;
+  s.sink_units = (s.sink + unit - 1) / unit;
+  s.first_unit = max((s.first_token - node.begin) / unit, s.sink_units);
+  s.units = s.sink_units + max(all - s.first_unit, 0);
+  return s;
+}
+
+// Fixed intervals of split_tokens that have visible units. begin(i): first unit
+// of the i-th, in the list.
 struct Splits {
-  int64_t first, count;
-  int units_each;
-  Visible v;
-  __device__ Splits(const Params& p, const Visible& visible) : first(0), count(0), units_each(1), v(visible) {
-    if (p.plan.splits == 0 || v.units == 0) return;
-    units_each = static_cast<int>(min(p.split_tokens / p.plan.unit, int64_t(1) << 30));
-    first = v.first_unit / units_each;
-    count = (v.first_unit + v.units - 1) / units_each - first + 1;
+  Span s;
+  int64_t units_each, of_sink, first, count;
+  __device__ Splits(const Params& p, const Span& span) : s(span), units_each(1), of_sink(0), first(0), count(0) {
+    if (p.layout.splits == 0 || s.units == 0) return;
+    units_each = min(p.split_tokens / p.layout.unit, int64_t(1) << 30);
+    of_sink = (s.sink_units + units_each - 1) / units_each;
+    first = max(s.first_unit / units_each, of_sink);
+    const int64_t last = s.first_unit + (s.units - s.sink_units) - 1;  // unit; those of the window come last
+    count = of_sink + max(last / units_each - first + 1, int64_t(0));
   }
   __device__ int64_t begin(int64_t i) const {
-    return min(max((first + i) * units_each - v.first_unit, int64_t(0)), int64_t(v.units));
+    const int64_t unit = (i < of_sink ? i : first + i - of_sink) * units_each;
+    if (unit < s.sink_units) return unit;
+    return s.sink_units + min(max(unit - s.first_unit, int64_t(0)), int64_t(s.units - s.sink_units));
   }
 };
 
-// Equal shares: block k of n has units [all k / n, all (k + 1) / n) of the list (sequence, KV head, row tile, unit).
+// Equal shares: block k of n has units [all k / n, all (k + 1) / n) of the
+// list.
 struct Shares {
   int64_t all, n;
   __device__ Shares(const Params& p, int64_t units) : all(units) {
-    n = min((all + kUnitsPerBlock - 1) / kUnitsPerBlock, int64_t(p.plan.blocks));
+    n = min((all + kUnitsPerBlock - 1) / kUnitsPerBlock, int64_t(p.layout.blocks));
   }
   __device__ int64_t begin(int64_t k) const { return all * k / n; }
   __device__ int64_t block_of(int64_t unit) const { return ((unit + 1) * n - 1) / all; }
 };
+
+__device__ __forceinline__ int64_t group_tiles(const Params& p, const Node& node, int group) {
+  return num_tiles(p.layout, node.sequences * p.Tq * group_heads(p, group));
+}
+
+// Units of the list that the node's groups before `group` have.
+__device__ __forceinline__ int64_t units_before(const Params& p, const Node& node, int group) {
+  if (p.layout.uniform) return group * group_tiles(p, node, 0) * span_of(p, node, 0).units;
+  int64_t units = 0;
+  for (int i = 0; i < group; ++i) units += group_tiles(p, node, i) * span_of(p, node, i).units;
+  return units;
+}
+__device__ __forceinline__ int64_t node_units(const Params& p, int64_t n) {
+  return units_before(p, node_at(p, n), static_cast<int>(p.Hkv));
+}
 
 __device__ __forceinline__ int64_t warp_sum(int64_t x) {
 #pragma unroll
@@ -124,29 +214,29 @@ __device__ __forceinline__ int64_t block_sum(int64_t x) {
   return x;
 }
 
-// Units, per row tile and KV head, of the sequences before b and of all.
+// Units of the nodes before n and of all.
 struct UnitCount {
   int64_t before, all;
 };
-__device__ __forceinline__ UnitCount count_units(const Params& p, int64_t b) {
+__device__ __forceinline__ UnitCount count_units(const Params& p, int64_t n) {
   int64_t before = 0, all = 0;
-  for (int64_t i = threadIdx.x; i < p.B; i += blockDim.x) {
-    const int64_t n = visible(p, i).units;
-    all += n;
-    before += i < b ? n : 0;
+  for (int64_t i = threadIdx.x; i < num_nodes(p); i += blockDim.x) {
+    const int64_t units = node_units(p, i);
+    all += units;
+    before += i < n ? units : 0;
   }
   return {block_sum(before), block_sum(all)};
 }
 
-// The sequence that holds `unit` of the list, and the number of units before it.
+// The node that holds `unit` of the list, and the number of units before it.
 struct Place {
-  int64_t b, before;
+  int64_t node, before;
 };
-__device__ __forceinline__ Place find_unit(const Params& p, int64_t unit, int64_t heads) {
+__device__ __forceinline__ Place find_unit(const Params& p, int64_t unit) {
   KK_SHARED(Place, found, [1]);
   int64_t before = 0;
   for (int64_t first = 0;; first += blockDim.x) {
-    const int64_t b = first + threadIdx.x, n = b < p.B ? visible(p, b).units * heads : 0;
+    const int64_t node = first + threadIdx.x, n = node < num_nodes(p) ? node_units(p, node) : 0;
     const int64_t all = block_sum(n);
     if (unit >= before + all) {
       before += all;
@@ -165,7 +255,7 @@ __device__ __forceinline__ Place find_unit(const Params& p, int64_t unit, int64_
       if (static_cast<int>(threadIdx.x % 32) >= h) up_to += x;
     }
     before += up_to - n;
-    if (before <= unit && unit < before + n) found[0] = {b, before};
+    if (before <= unit && unit < before + n) found[0] = {node, before};
     __syncthreads();
     return found[0];
   }
@@ -174,62 +264,101 @@ __device__ __forceinline__ Place find_unit(const Params& p, int64_t unit, int64_
 // ---- the way of a block through its share
 
 struct Segment {
-  int64_t b;
-  int tile, head;        // row tile, KV head
-  int begin, end;        // units
-  int first_token, len;  // visible tokens of the sequence
-  float* slot;           // null: the segment is all there is, results go to out and lse
+  Node node;
+  Span span;
+  int group, k_head, v_head;
+  int table;       // the sequence whose page-table row is read
+  int first_row;   // of the tile, in the node's group
+  int rows;        // of the tile
+  bool own_rows;   // each warp has its own rows of the tile and goes through all
+                   // units; else the warps share the units
+  int begin, end;  // units
+  int64_t cut;     // >= 0: a part; its first partial row
+  int level;       // whole, with a plan: of the node
+  bool alone;      // whole: its sequence has no other node, results go to out and lse
 };
 
-// A block's way through its share. One thread walks, in shared memory: it would take 20 registers of every thread.
+// A block's way through its share. One thread walks, in shared memory: it would
+// take 20 registers of every thread.
 struct Walk {
-  int64_t at, begin,
-      end;  // units of the list; with split_tokens (sequence, KV head, row tile, interval) in steps of the grid
-  Place place;
+  int64_t at, begin, end;  // units of the list; with split_tokens (sequence, row
+                           // tile, interval) in steps of the grid
+  int64_t node, before;    // units before (node, group)
+  int group;
 };
+
+__device__ __forceinline__ Segment make_segment(const Params& p, int64_t n, const Node& node, const Span& span,
+                                                int group, int64_t tile, int64_t begin, int64_t count, int64_t slot) {
+  Segment s{};
+  s.node = node;
+  s.span = span;
+  s.group = group;
+  s.k_head = group / static_cast<int>(p.k_share);
+  s.v_head = group / static_cast<int>(p.v_share);
+  s.table = sequence_at(p, node.first);
+  const int64_t rows = node.sequences * p.Tq * group_heads(p, group);
+  s.own_rows = rows > p.layout.tile_rows;
+  s.first_row = static_cast<int>(tile * p.layout.block_rows);
+  s.rows = static_cast<int>(min(rows - s.first_row, int64_t(p.layout.block_rows)));
+  s.begin = static_cast<int>(begin);
+  s.end = static_cast<int>(begin + count);
+  s.cut = count == span.units ? -1 : slot * p.layout.block_rows;
+  s.alone = true;
+  if (p.plan.nodes && s.cut < 0) {
+    int parent = p.plan.nodes[n].parent;
+    s.alone = parent < 0 && p.plan.leaf[s.table] == n;
+    for (; parent >= 0; parent = p.plan.nodes[parent].parent) ++s.level;
+  }
+  return s;
+}
 
 // Empty when there is none left.
-__device__ __forceinline__ Segment next_segment(const Params& p, Walk& walk, int64_t slot_size) {
-  const int64_t heads = p.plan.row_tiles * p.Hkv, splits = p.plan.splits;
+__device__ __forceinline__ Segment next_segment(const Params& p, Walk& walk) {
+  const int groups = static_cast<int>(p.Hkv);
   while (walk.at < walk.end) {
-    const int64_t at = walk.at, b = splits ? at / splits / heads : walk.place.b;
-    const Visible v = visible(p, b);
-    int64_t item, first, count, slot;
-    if (splits) {
-      walk.at += gridDim.x;
-      const Splits s(p, v);
-      const int64_t split = at % splits;
-      if (split >= s.count) {  // behind the last interval: on to the next sequence, tile or head that is ours
+    const int64_t at = walk.at;
+    if (const int64_t splits = p.layout.splits) {
+      const int64_t b = at / splits / p.layout.tiles, split = at % splits;
+      const Node node = node_at(p, b);
+      int64_t tile = at / splits % p.layout.tiles;
+      int group = 0;
+      if (p.layout.uniform) {
+        const int64_t tiles = group_tiles(p, node, 0);
+        group = static_cast<int>(tile / tiles);
+        tile %= tiles;
+      } else {
+        for (int64_t tiles; tile >= (tiles = group_tiles(p, node, group)); ++group) tile -= tiles;
+      }
+      const Span span = span_of(p, node, group);
+      const Splits s(p, span);
+      if (split >= s.count) {  // behind the last interval: on to the next
+                               // sequence or tile that is ours
         walk.at = at + (splits - split + gridDim.x - 1) / gridDim.x * gridDim.x;
         continue;
       }
-      item = at / splits % heads;
-      first = s.begin(split);
-      count = s.begin(split + 1) - first;
-      slot = at;
-    } else {
-      const int64_t in_b = at - walk.place.before;
-      if (in_b >= v.units * heads) {
-        ++walk.place.b;
-        walk.place.before += v.units * heads;
-        continue;
-      }
-      item = in_b / v.units;
-      first = in_b % v.units;
-      count = min(v.units - first, walk.end - at);
-      slot = 2 * blockIdx.x + (at > walk.begin);
-      walk.at += count;
+      walk.at += gridDim.x;
+      return make_segment(p, b, node, span, group, tile, s.begin(split), s.begin(split + 1) - s.begin(split), at);
     }
-    Segment s;
-    s.b = b;
-    s.head = static_cast<int>(item / p.plan.row_tiles);
-    s.tile = static_cast<int>(item % p.plan.row_tiles);
-    s.begin = v.first_unit + static_cast<int>(first);
-    s.end = s.begin + static_cast<int>(count);
-    s.first_token = v.begin;
-    s.len = v.len;
-    s.slot = count == v.units ? nullptr : p.plan.partials + slot * slot_size;
-    return s;
+    if (walk.group == groups) {
+      ++walk.node;
+      walk.group = 0;
+      continue;
+    }
+    const Node node = node_at(p, walk.node);
+    const Span span = span_of(p, node, walk.group);
+    const int64_t units = group_tiles(p, node, walk.group) * span.units, in_group = at - walk.before;
+    if (in_group >= units) {
+      int step = 1;
+      if (p.layout.uniform)
+        step = units ? static_cast<int>(min(in_group / units, int64_t(groups - walk.group))) : groups - walk.group;
+      walk.group += step;
+      walk.before += step * units;
+      continue;
+    }
+    const int64_t first = in_group % span.units, count = min(span.units - first, walk.end - at);
+    walk.at += count;
+    return make_segment(p, walk.node, node, span, walk.group, in_group / span.units, first, count,
+                        2 * blockIdx.x + (at > walk.begin));
   }
   return {};
 }

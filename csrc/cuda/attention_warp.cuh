@@ -1,14 +1,24 @@
-// What one warp of attention_kernel does in a segment: it loads units, scores them, and sums over V.
+// What one warp of attention_kernel does in a segment: it loads units, scores
+// them, and sums over V.
 //
-// Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that a group of 1 to 8 heads wastes half as
-// much as with the roles exchanged:
-//   S^T [16 tokens x 8 rows] = K [16 x D] Q^T        O^T [D x 8 rows] += V^T [D x 16 tokens] P^T
-// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: lanes that read tokens 0 2 4 6 of 32 bytes would meet in
-// the same banks of shared memory, those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
+// Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that
+// a group of 1 to 8 heads wastes half as much as with the roles exchanged:
+//   S^T [16 tokens x 8 rows] = K [16 x D] Q^T        O^T [D x 8 rows] += V^T [D
+//   x 16 tokens] P^T
+// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: lanes that read
+// tokens 0 2 4 6 of 32 bytes would meet in the same banks of shared memory,
+// those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
 //
-// Scales stay out of the products: those of K go on the scores, those of V on the weights, which become fp16 with a
-// power of two common to the warp. Packed formats sum in the rotated basis; sums of different bases are brought to the
+// Scales stay out of the products: those of K go on the scores, those of V on
+// the weights, which become fp16 with a power of two common to the warp. Packed
+// formats sum in the rotated basis; sums of different bases are brought to the
 // plain one when a warp goes from one to another, and at the end.
+//
+// Warps that share the units of a segment go their own ways. Where each has
+// rows of its own (`Shared`, Segment::own_rows) every warp still loads only its
+// units, but all of them use what all have loaded: the stages come from L2 once
+// for the rows of a block, and a barrier in every step keeps the warps
+// together.
 #pragma once
 #include "cuda/attention_schedule.cuh"
 #include "cuda/codes.cuh"
@@ -18,12 +28,13 @@
 namespace kk::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
-// The running maximum before a score was seen. Finite, so that a difference of two is never NaN; a row whose scores are
-// all masked keeps it and has l = 0.
+// The running maximum before a score was seen. Finite, so that a difference of
+// two is never NaN; a row whose scores are all masked keeps it and has l = 0.
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kNoFactor = 1099511627776.0f;  // 2^40: the first scale above 0 exceeds what this allows
 constexpr uint32_t kQuarters = twice(0x3400);  // fp16 (0.25, 0.25)
-constexpr float kWeightFactor = 32768.0f;      // on weights in fp16, which are at most 1: small ones keep their bits
+constexpr float kWeightFactor = 32768.0f;      // on weights in fp16, which are at
+                                               // most 1: small ones keep their bits
 
 // What sums over V are in: order of channels and basis.
 enum Basis : int { kNoBasis, kRowBasis, kRotatedBasis, kPlainBasis };
@@ -32,25 +43,39 @@ struct Row {
   float q_scale;  // from the product with scaled queries to the score
   float q_mu;     // what centring took from the scores of rotated keys
   float slope;    // ALiBi
-  int last;       // the row sees tokens <= last
+  int before;     // the row sees tokens before this one,
+  uint32_t bits;  // and token before + j if bit j is set
+  int position;   // of the query, from which windows and ALiBi count
+  int b;          // sequence
+  int16_t t, head;
 };
 
 template <int D, int NT>
 struct Tile {
+  static constexpr int kDv = D == 576 ? 512 : D;
   static constexpr int kRows = 8 * NT;
-  static constexpr int kSteps = D / 16;  // of 16 channels: k in scores, rows of O^T in the sums
+  static constexpr int kSteps = D / 16;         // of 16 channels: k in scores,
+  static constexpr int kValueSteps = kDv / 16;  // rows of O^T in the sums
   static constexpr int kStepPairs = (kSteps + 1) / 2;
   static constexpr int kQueryBytes = NT * kStepPairs * 32 * 16;
-  static constexpr int kRowLanes = D <= 64 ? 8 : D <= 128 ? 16 : 32;  // lanes that hold a row, 8 channels each
+  static constexpr int kRowLanes = D <= 64 ? 8 : D <= 128 ? 16 : 32;   // lanes that hold a row, 8 channels each,
+  static constexpr int kOctets = (D / 8 + kRowLanes - 1) / kRowLanes;  // or these times as many
+  static constexpr int kValueOctets = (kDv / 8 + kRowLanes - 1) / kRowLanes;
   static constexpr int kPitch = D * 2 + 16;         // bytes of a 16-bit row in a stage: 8 rows, all banks
-  static constexpr int kSumPitch = D + 4;           // floats of a row of sums
+  static constexpr int kSumPitch = kDv + 4;         // floats of a row of sums
   static constexpr int kGroup = D < 128 ? D : 128;  // channels that share a scale
   [[maybe_unused]] static constexpr int kGroups = D / kGroup;
   static constexpr bool kTwoTerms = D * NT < 512;  // rotated float16 queries as two fp16 numbers; more would spill
-  static constexpr int kHeader = 16;               // of a stage: position of its first token, pool
+  static constexpr int kHeader = 16;               // of a stage: position of its first token, pool (-1: nothing)
 };
 
+__device__ __forceinline__ int code_bits(Format f) {
+  return f == Format::u8 ? 8 : f == Format::u4 ? 4 : f == Format::u3 ? 3 : 2;
+}
 __device__ __forceinline__ bool is_rows(Format f) { return f == Format::bf16 || f == Format::f16; }
+
+// Of the query with this tree mask, or of its token: ancestors in the tree.
+__device__ __forceinline__ int depth(uint32_t bits) { return __popc(bits) - 1; }
 
 // The tokens of a stage, in tiles of 16.
 struct Tokens {
@@ -62,13 +87,13 @@ struct Tokens {
 };
 
 // What a warp does in a segment.
-template <int D, int NT, bool Packed>
+template <int D, int NT, bool Packed, bool Shared>
 struct Warp {
   using T = Tile<D, NT>;
 
   const Params& p;
   const Segment& seg;
-  const uint8_t* shared;  // of the block: queries
+  const uint8_t* queries;
   const Row* rows;
   uint8_t* stages;      // of the warp
   float4* tile_scores;  // [unit / 16][NT][32]
@@ -77,23 +102,24 @@ struct Warp {
   int lane, g, c;
   const uint32_t bias;  // kBias
 
-  float acc[T::kSteps][NT][4];  // (two channels, rows 8 nt + 2 c and + 1)
-  float m[NT][2], l[NT][2];     // l: of this lane's tokens only
+  float acc[T::kValueSteps][NT][4];  // (two channels, rows 8 nt + 2 c and + 1)
+  float m[NT][2], l[NT][2];          // l: of this lane's tokens only
   float q_scale[NT][2];
   float v_factor;  // power of two on the weights of rotated values
   int basis;       // of acc
   bool sums_used;
 
-  int end, first_token, len;  // of the segment
-  int unit, sub;              // what is loaded next
-  int32_t entry, next_entry;  // page-table entries: of this unit and of the warp's next
-  int issued;                 // stages
+  int end, len;   // of the segment, of the node
+  int unit, sub;  // what is loaded next
+  int32_t entry,
+      next_entry;  // page-table entries: of this unit and of the warp's next
+  int issued;      // stages
 
-  __device__ Warp(const Params& params, const Segment& segment, uint8_t* smem, const Row* row, uint8_t* own,
-                  float4* own_scores, float* own_sums, State* own_state, uint32_t fp16_bias)
+  __device__ Warp(const Params& params, const Segment& segment, const uint8_t* own_queries, const Row* row,
+                  uint8_t* own, float4* own_scores, float* own_sums, State* own_state, uint32_t fp16_bias)
       : p(params),
         seg(segment),
-        shared(smem),
+        queries(own_queries),
         rows(row),
         stages(own),
         tile_scores(own_scores),
@@ -104,7 +130,7 @@ struct Warp {
     g = lane / 4;
     c = lane % 4;
 #pragma unroll
-    for (int i = 0; i < T::kSteps; ++i)
+    for (int i = 0; i < T::kValueSteps; ++i)
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
@@ -121,62 +147,100 @@ struct Warp {
     basis = kNoBasis;
     sums_used = false;
     end = seg.end;
-    first_token = seg.first_token;
-    len = seg.len;
+    len = seg.span.end;
     unit = seg.begin + threadIdx.x / 32;
     sub = issued = 0;
     entry = table_entry(unit);
-    next_entry = table_entry(unit + p.plan.warps);
+    next_entry = table_entry(unit + p.layout.warps);
   }
 
   __device__ void run() {
-    const int n_stages = p.plan.stages;
-    const int seen_by_all_from = p.window_left < 0 ? 0 : static_cast<int>(max(len - 1 - p.window_left, int64_t(0)));
-    const int seen_by_all_to = len - static_cast<int>(p.Tq) + 1;
+    const int n_stages = p.layout.stages, warp = threadIdx.x / 32;
+    const bool own_rows = Shared && seg.own_rows, idle = own_rows && warp * T::kRows >= seg.rows;
+    // Tokens that all rows see; with a tree, depths are at most 31.
+    const int last_position = p.tree_mask ? len - static_cast<int>(p.Tq) + 31 : len - 1;
+    const int seen_by_all_from = seg.span.window < 0 ? 0 : max(last_position - seg.span.window, 0);
+    const int seen_by_all_to = seg.node.sequences > 1 ? len : min(rows[0].before + !p.tree_mask, len);
     int filled = 0, used = 0;
-    for (int step = 1 - n_stages; step < issued; ++step) {  // the first steps only load
+    for (int step = 1 - n_stages; own_rows || step < issued; ++step) {  // the first steps only load
+      uint8_t* stage = stages + used * p.layout.stage_bytes;
       if (step >= 0) {
         wait_oldest();
-        __syncwarp();  // everybody's copies have landed, and everybody has left the stage that is filled now
+        if (Packed) clear_unseen(stage);
+        // everybody's copies have landed, and everybody has left the stage that
+        // is filled now
+        if (own_rows)
+          __syncthreads();
+        else
+          __syncwarp();
       }
       issue(filled);
       __syncwarp();  // the products below are for whole warps
       filled = filled + 1 == n_stages ? 0 : filled + 1;
       if (step < 0) continue;
-      uint8_t* stage = stages + used * p.plan.stage_bytes;
       used = used + 1 == n_stages ? 0 : used + 1;
-      const int2 header = *reinterpret_cast<const int2*>(stage);
-      const Format k_format = p.pools[header.y].k_format, v_format = p.pools[header.y].v_format;
-      Tokens t;
-      t.k = stage + T::kHeader;
-      t.v = stage + p.plan.pools[header.y].v_offset;
-      t.count = Packed ? p.plan.pools[header.y].tokens : 16;
-      t.position = header.x;
-      t.begin = max(first_token - t.position, 0) / 16;
-      t.end = min(t.count, len - t.position + 15) / 16;
-      t.edge = t.position + 16 * t.begin < seen_by_all_from || t.position + 16 * t.end > seen_by_all_to;
-      if (t.begin >= t.end) continue;  // 16 rows of a unit, before the window
-      float top[NT][2];
-      scores(k_format, t, top);
-      raise_maximum(top);
-      values(v_format, t);
+      if (!own_rows) {
+        use(stage, seen_by_all_from, seen_by_all_to);
+        continue;
+      }
+      stage -= warp * p.layout.warp_bytes;
+      bool more = false;
+      for (int i = 0; i < p.layout.warps; ++i, stage += p.layout.warp_bytes) {
+        if (reinterpret_cast<const int2*>(stage)->y < 0) continue;
+        more = true;
+        if (!idle) use(stage, seen_by_all_from, seen_by_all_to);
+      }
+      if (!more) break;
     }
-    __syncwarp();  // the sums may lie over the stages
+    if (own_rows)
+      __syncthreads();  // the sums may lie over the stages
+    else
+      __syncwarp();
     flush();
+  }
+
+  __device__ void use(uint8_t* stage, int seen_by_all_from, int seen_by_all_to) {
+    const int2 header = *reinterpret_cast<const int2*>(stage);
+    const Format k_format = p.pools[header.y].k_format, v_format = p.pools[header.y].v_format;
+    Tokens t;
+    t.k = stage + T::kHeader;
+    t.v = stage + p.layout.pools[header.y].v_offset;
+    t.count = Packed ? p.layout.pools[header.y].tokens : 16;
+    t.position = header.x;
+    t.begin = t.position < seg.span.sink ? 0 : max(seg.span.first_token - t.position, 0) / 16;
+    t.end = min(t.count, len - t.position + 15) / 16;
+    const int from = t.position + 16 * t.begin, to = t.position + 16 * t.end;
+    t.edge = (from < seen_by_all_from && to > seg.span.sink) || to > seen_by_all_to;
+    if (t.begin >= t.end) return;  // 16 rows of a unit, before the window
+    float top[NT][2];
+    scores(k_format, t, top);
+    raise_maximum(top);
+    values(v_format, t);
   }
 
   // ---- loads
 
   __device__ int page_of(int token) const {
-    return static_cast<int>(static_cast<uint64_t>(token) * p.plan.page_magic >> p.plan.page_shift);
+    return static_cast<int>(static_cast<uint64_t>(token) * p.layout.page_magic >> p.layout.page_shift);
+  }
+
+  // Position of unit u of the segment's list.
+  __device__ int first_token_of(int u) const {
+    const Span& span = seg.span;
+    return span.begin + (u < span.sink_units ? u : u - span.sink_units + span.first_unit) * p.layout.unit;
+  }
+  __device__ bool visible(int token) const {
+    return token < len && (token >= seg.span.first_token || token < seg.span.sink);
   }
 
   __device__ int32_t table_entry(int u) const {
     if (u >= end) return 0;
-    // Of token lane % 16 where a page has no whole units (16 consecutive tokens then); entries of tokens that are not
-    // visible are not looked at.
-    const int token = min(max(u * p.plan.unit + lane % 16, first_token), len - 1);
-    return p.page_table[seg.b * p.table_stride + page_of(token)];
+    // Of token lane % 16 where a page has no whole units (16 consecutive tokens
+    // then); entries of tokens that are not visible are not looked at, but that
+    // of one of the unit which is.
+    int token = min(first_token_of(u) + lane % 16, len - 1);
+    if (!visible(token)) token = u < seg.span.sink_units ? seg.span.sink - 1 : seg.span.first_token;
+    return p.page_table[seg.table * p.table_stride + page_of(token)];
   }
 
   // `side`: of the page and head. Its tokens token ... token + n - 1.
@@ -204,9 +268,11 @@ struct Warp {
     next_array(arrays.array[2], small);
   }
 
-  // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, as 0 * NaN is NaN.
+  // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where
+  // there is none: zeros, as 0 * NaN is NaN.
+  template <int Channels>
   __device__ void copy_rows(uint8_t* to, const uint8_t* row) const {
-    constexpr int pieces = D / 8;
+    constexpr int pieces = Channels / 8;
     const uint32_t dst = ptx::smem_u32(to);
 #pragma unroll 4
     for (int i = lane; i < 16 * pieces; i += 32) {
@@ -218,49 +284,72 @@ struct Warp {
     }
   }
 
-  // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit. One commit group per call.
+  // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit.
+  // One commit group per call.
   __device__ void issue(int stage) {
+    uint8_t* to = stages + stage * p.layout.stage_bytes;
     if (unit < end) {
-      uint8_t* to = stages + stage * p.plan.stage_bytes;
       const Pool& pool = p.pools[entry >> 28];
       const int64_t page = entry & kPageMask;
-      const uint8_t* k = pool.k + page * pool.k_page + seg.head * pool.k_head;
-      const uint8_t* v = pool.v + page * pool.v_page + seg.head * pool.v_head;
+      const uint8_t* k = pool.k + page * pool.k_page + seg.k_head * pool.k_head;
+      const uint8_t* v = pool.v + page * pool.v_page + seg.v_head * pool.v_head;
       const bool k_rows = !Packed || is_rows(pool.k_format), v_rows = !Packed || is_rows(pool.v_format);
-      const int first = unit * p.plan.unit + sub * 16, token = first + lane % 16;
+      const int first = first_token_of(unit) + sub * 16, token = first + lane % 16;
       const int in_page = token - page_of(token) * static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
-      const bool exists = token >= first_token && token < len;
-      const PoolPlan& arrays = p.plan.pools[entry >> 28];
+      const bool exists = visible(token);
+      const PoolLayout& arrays = p.layout.pools[entry >> 28];
       uint8_t *const k_to = to + T::kHeader, *const v_to = to + arrays.v_offset;
       const int n = arrays.tokens;
       if (lane == 0) *reinterpret_cast<int2*>(to) = make_int2(first, entry >> 28);
       if (k_rows)
-        copy_rows(k_to, exists ? k + in_page * pool.k_token : nullptr);
+        copy_rows<D>(k_to, exists ? k + in_page * pool.k_token : nullptr);
       else
         copy_arrays(k_to, k, arrays.k, first_in_page, n);
-      if (v_rows)
-        copy_rows(v_to, exists ? v + in_page * pool.v_token : nullptr);
-      else
+      if (!v_rows)
         copy_arrays(v_to, v, arrays.v, first_in_page, n);
+      else if (v_to != k_to)
+        copy_rows<T::kDv>(v_to, exists ? v + in_page * pool.v_token : nullptr);
       sub += n / 16;
-      if (sub * 16 >= p.plan.unit || first + n >= len) {
+      if (sub * 16 >= p.layout.unit || first + n >= len) {
         sub = 0;
-        unit += p.plan.warps;
+        unit += p.layout.warps;
         entry = next_entry;
-        next_entry = table_entry(unit + p.plan.warps);
+        next_entry = table_entry(unit + p.layout.warps);
       }
       ++issued;
+    } else if (Shared && lane == 0) {
+      *reinterpret_cast<int2*>(to) = make_int2(0, -1);
     }
     ptx::cp_async_commit();
   }
 
   __device__ void wait_oldest() const {
-    if (p.plan.stages == 2)
+    if (p.layout.stages == 2)
       ptx::cp_async_wait<0>();
-    else if (p.plan.stages == 3)
+    else if (p.layout.stages == 3)
       ptx::cp_async_wait<1>();
     else
       ptx::cp_async_wait<2>();
+  }
+
+  // Numbers of tokens that nobody sees may be anything; as scales and zero
+  // points of V they become 0, which whoever loaded them does before others
+  // come.
+  __device__ void clear_unseen(uint8_t* stage) const {
+    const int2 header = *reinterpret_cast<const int2*>(stage);
+    if (Shared && header.y < 0) return;
+    const int count = p.layout.pools[header.y].tokens, position = header.x;
+    const bool gap = position < seg.span.first_token && position + count > seg.span.sink;
+    const Format format = p.pools[header.y].v_format;
+    if (is_rows(format) || (!gap && position + count <= len)) return;
+    __syncwarp();  // everybody's copies have landed
+    const int bits = code_bits(format), of_token = format == Format::kivi2 ? D / 32 : T::kGroups;
+    uint16_t* numbers = reinterpret_cast<uint16_t*>(stage + p.layout.pools[header.y].v_offset + count * (D * bits / 8));
+    for (int i = lane; i < count * of_token; i += 32)
+      if (!visible(position + i / of_token)) {
+        numbers[i] = 0;
+        if (format == Format::kivi2) numbers[i + count * of_token] = 0;
+      }
   }
 
   // ---- scores
@@ -272,12 +361,14 @@ struct Warp {
     return __half2float(reinterpret_cast<const __half*>(p)[i]);
   }
 
-  // Scores of tile i as the mma leaves them: (token g, rows 2 c and 2 c + 1), (token g + 8, the same). They wait in
-  // shared memory between K and V, so that either side goes through all tiles of a stage at a time. Each lane has its
-  // own.
+  // Scores of tile i as the mma leaves them: (token g, rows 2 c and 2 c + 1),
+  // (token g + 8, the same). They wait in shared memory between K and V, so
+  // that either side goes through all tiles of a stage at a time. Each lane has
+  // its own.
   __device__ float4* scores_of(int i, int nt) const { return tile_scores + (i * NT + nt) * 32 + lane; }
 
-  // Products with scaled queries -> scores, in units of log 2; top: the largest of this lane.
+  // Products with scaled queries -> scores, in units of log 2; top: the largest
+  // of this lane.
   __device__ void keep_scores(int i, const float (&x)[NT][4], const float (&add)[NT][2], float (&top)[NT][2]) const {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
@@ -290,7 +381,8 @@ struct Warp {
     }
   }
 
-  // What most calls do not need: softcap, ALiBi, tokens that some row does not see.
+  // What most calls do not need: softcap, ALiBi, tokens that some row does not
+  // see.
   __device__ void finish_scores(const Tokens& t, float (&top)[NT][2]) const {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) top[nt][0] = top[nt][1] = kLowest;
@@ -302,10 +394,15 @@ struct Warp {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const Row& row = rows[8 * nt + 2 * c + j % 2];
-          const int distance = row.last - (t.position + 16 * i + token_of(g) + j / 2 * 8);
+          const int token = t.position + 16 * i + token_of(g) + j / 2 * 8, of_queries = token - row.before;
+          bool seen = token < len && (of_queries < 0 || (row.bits >> of_queries & 1));
+          int distance = row.position - token;
+          if (p.tree_mask && seen && of_queries >= 0)
+            distance = row.position - row.before - depth(p.tree_mask[row.b * p.tree_stride + of_queries]);
           if (p.softcap > 0.0f) s[j] = p.softcap * tanhf(s[j] / p.softcap) * kLog2e;
           if (p.alibi_slopes) s[j] -= row.slope * static_cast<float>(distance);
-          if (distance < 0 || (p.window_left >= 0 && distance > p.window_left)) s[j] = -INFINITY;
+          if (seg.span.window >= 0) seen &= distance <= seg.span.window || token < seg.span.sink;
+          if (!seen) s[j] = -INFINITY;
           top[nt][j % 2] = fmaxf(top[nt][j % 2], s[j]);
         }
         *scores_of(i, nt) = make_float4(s[0], s[1], s[2], s[3]);
@@ -352,7 +449,7 @@ struct Warp {
   // B operands of steps 2 n and 2 n + 1.
   __device__ void load_queries(Queries kind, int nt, int n, uint32_t (&q)[2][2]) const {
     const uint4 w =
-        *reinterpret_cast<const uint4*>(shared + p.plan.queries[kind] + ((nt * T::kStepPairs + n) * 32 + lane) * 16);
+        *reinterpret_cast<const uint4*>(queries + p.layout.queries[kind] + ((nt * T::kStepPairs + n) * 32 + lane) * 16);
     q[0][0] = w.x, q[0][1] = w.y, q[1][0] = w.z, q[1][1] = w.w;
   }
 
@@ -377,7 +474,8 @@ struct Warp {
     keep_scores(0, x, add, top);
   }
 
-  // 64 channels, four steps: operands of this lane's two tokens as unpack() leaves them.
+  // 64 channels, four steps: operands of this lane's two tokens as unpack()
+  // leaves them.
   __device__ void channel_scores(Queries kind, int first_step, const uint32_t (&a)[8], const uint32_t (&b)[8],
                                  float (&x)[NT][4]) const {
 #pragma unroll
@@ -392,7 +490,8 @@ struct Warp {
     }
   }
 
-  // Lane c reads the c-th quarter of each scale group's channels, of tokens g and g + 8.
+  // Lane c reads the c-th quarter of each scale group's channels, of tokens g
+  // and g + 8.
   template <int B>
   __device__ void code_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
     constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
@@ -422,7 +521,8 @@ struct Warp {
           const int first_step = group * (T::kGroup / 16) + 4 * n;
           channel_scores(kQueriesRotated, first_step, xa, xb, part);
           if constexpr (T::kTwoTerms)
-            if (p.plan.queries[kQueriesRotatedRest] >= 0) channel_scores(kQueriesRotatedRest, first_step, xa, xb, part);
+            if (p.layout.queries[kQueriesRotatedRest] >= 0)
+              channel_scores(kQueriesRotatedRest, first_step, xa, xb, part);
         }
         const float s[2] = {half_at(scales, a * T::kGroups + group), half_at(scales, b * T::kGroups + group)};
 #pragma unroll
@@ -434,7 +534,8 @@ struct Warp {
     }
   }
 
-  // On a quarter of every key, because zero + 3 scale may exceed what fp16 holds.
+  // On a quarter of every key, because zero + 3 scale may exceed what fp16
+  // holds.
   __device__ void kivi2_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
     constexpr int bytes = T::kGroup / 16;
     const uint8_t* scales = t.k + t.count * (D / 4);
@@ -479,7 +580,7 @@ struct Warp {
 
   __device__ void scale_acc(const float (&f)[NT][2]) {
 #pragma unroll
-    for (int i = 0; i < T::kSteps; ++i)
+    for (int i = 0; i < T::kValueSteps; ++i)
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
@@ -569,12 +670,12 @@ struct Warp {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) w[nt][j] *= p.plan.row_factor;
+      for (int j = 0; j < 4; ++j) w[nt][j] *= p.layout.row_factor;
     operands<Bf16>(w, b);
     // matrices 0 1: channels 0-7 and 8-15 of tokens 0-7; 2 3: of tokens 8-15
     const uint32_t at = ptx::smem_u32(t.v) + (token_of(lane % 8) + (lane >> 4) * 8) * T::kPitch + (lane & 8) * 2;
 #pragma unroll
-    for (int i = 0; i < T::kSteps; ++i) {
+    for (int i = 0; i < T::kValueSteps; ++i) {
       uint32_t a[4];
       ptx::ldmatrix_x4_trans(a, at + i * 32);
 #pragma unroll
@@ -582,7 +683,8 @@ struct Warp {
     }
   }
 
-  // 8 channels, four steps: of tokens 2 c and 2 c + 1, and of the tokens 8 further on.
+  // 8 channels, four steps: of tokens 2 c and 2 c + 1, and of the tokens 8
+  // further on.
   __device__ void channel_values(int first_step, const uint32_t (&lo)[8], const uint32_t (&hi)[8],
                                  const uint32_t (&b)[NT][2]) {
 #pragma unroll
@@ -596,21 +698,12 @@ struct Warp {
   // Token i = 0 ... 3 of this lane in the B operands' order.
   __device__ int value_token(int i) const { return token_of(2 * c + i % 2) + i / 2 * 8; }
 
-  // Numbers of tokens that are not there may be anything; as scales of V they become 0. [count][n] fp16 numbers.
-  __device__ void clear_unseen(const Tokens& t, uint8_t* numbers, int n) const {
-    for (int i = lane; i < t.count * n; i += 32) {
-      const int position = t.position + i / n;
-      if (position < first_token || position >= len) reinterpret_cast<uint16_t*>(numbers)[i] = 0;
-    }
-    __syncwarp();
-  }
-
-  // fp16 holds weight * scale * v_factor: that keeps the largest scale so far between 2^14 and 2^15, so that nothing
-  // overflows and what is down to 2^-28 of it keeps all its bits.
+  // fp16 holds weight * scale * v_factor: that keeps the largest scale so far
+  // between 2^14 and 2^15, so that nothing overflows and what is down to 2^-28
+  // of it keeps all its bits.
   __device__ void raise_factor(const Tokens& t, Format format) {
-    const int bits = format == Format::u2 ? 2 : format == Format::u3 ? 3 : format == Format::u4 ? 4 : 8;
-    uint8_t* scales = t.v + t.count * (D * bits / 8);
-    if (t.edge) clear_unseen(t, scales, T::kGroups);
+    const int bits = code_bits(format);
+    const uint8_t* scales = t.v + t.count * (D * bits / 8);
     float top = 0.0f;
 #pragma unroll 1
     for (int i = 2 * lane; i < t.count * T::kGroups; i += 64) {
@@ -629,7 +722,8 @@ struct Warp {
     v_factor = factor;
   }
 
-  // Lane g reads the g-th eighth of each scale group's channels, of its four tokens.
+  // Lane g reads the g-th eighth of each scale group's channels, of its four
+  // tokens.
   template <int B>
   __device__ void code_values(const Tokens& t) {
     constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
@@ -653,7 +747,8 @@ struct Warp {
             w[nt][j] = weight[nt][j] * s[j / 2];
             nan |= w[nt][j] != w[nt][j];
           }
-        if (t.edge && __any_sync(kWholeWarp, nan)) {  // a row that does not see a token does not see its NaN
+        if (t.edge && __any_sync(kWholeWarp,
+                                 nan)) {  // a row that does not see a token does not see its NaN
 #pragma unroll
           for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
@@ -681,10 +776,8 @@ struct Warp {
   // On a quarter of every value, as kivi2_scores.
   __device__ void kivi2_values(const Tokens& t) {
     constexpr int bytes = T::kGroup / 32, groups = D / 32;
-    uint8_t* scales = t.v + t.count * (D / 4);
-    uint8_t* zeros = scales + t.count * (groups * 2);
-    if (t.edge) clear_unseen(t, scales, groups);
-    if (t.edge) clear_unseen(t, zeros, groups);
+    const uint8_t* scales = t.v + t.count * (D / 4);
+    const uint8_t* zeros = scales + t.count * (groups * 2);
 #pragma unroll 1
     for (int i = t.begin; i < t.end; ++i) {
       float w[NT][4];
@@ -748,14 +841,15 @@ struct Warp {
     return step / steps * T::kGroup + g * (T::kGroup / 8) + 2 * (step % steps) + which;
   }
 
-  // acc is added to `sums` and cleared; m and l go to `state`. Sums of different bases meet in the plain one: what is
-  // there is rotated before rotated sums are added, and all of it back.
+  // acc is added to `sums` and cleared; m and l go to `state`. Sums of
+  // different bases meet in the plain one: what is there is rotated before
+  // rotated sums are added, and all of it back.
   __device__ void flush() {
-    const bool rotate = Packed && basis == kRotatedBasis && p.plan.mixed_basis;
+    const bool rotate = Packed && basis == kRotatedBasis && p.layout.mixed_basis;
     if (rotate && sums_used) rotate_sums();
     const float factor = basis == kRotatedBasis ? 1.0f / v_factor
                          : basis == kPlainBasis ? 4.0f / kWeightFactor
-                                                : 1.0f / p.plan.row_factor;
+                                                : 1.0f / p.layout.row_factor;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
@@ -763,7 +857,7 @@ struct Warp {
         const int r = 8 * nt + 2 * c + i;
         const float before = sums_used ? ptx::ex2(state[r].m - m[nt][i]) : 0.0f;
 #pragma unroll
-        for (int step = 0; step < T::kSteps; ++step)
+        for (int step = 0; step < T::kValueSteps; ++step)
 #pragma unroll
           for (int which = 0; which < 2; ++which) {
             float* sum = sums + r * T::kSumPitch + channel(step, which);
@@ -789,31 +883,37 @@ struct Warp {
   }
 };
 
-// q of the segment's rows into B operands of every kind that the pools need, and what the rows have of their own.
-template <int D, int NT, bool Packed>
+// q of the segment's rows into B operands of every kind that the pools need,
+// and what the rows have of their own.
+template <int D, int NT, bool Packed, bool Shared>
 __device__ __forceinline__ void make_queries(const Params& p, const Segment& seg, uint8_t* smem, Row* rows) {
   using T = Tile<D, NT>;
-  const int octet = threadIdx.x % T::kRowLanes;  // 8 channels
+  const int lane = threadIdx.x % T::kRowLanes, group = group_heads(p, seg.group);
   const float unit = p.softcap > 0.0f ? 1.0f : kLog2e;
-  for (int r = threadIdx.x / T::kRowLanes; r < T::kRows; r += blockDim.x / T::kRowLanes) {
-    const int row = seg.tile * T::kRows + r, t = row / p.plan.group;
-    const int64_t head = seg.head * p.plan.group + row % p.plan.group;
-    const bool valid = row < p.plan.rows;
-    float x[8] = {}, rotated[8], q_mu = 0.0f;
-    if (valid && octet * kPerLane < D) {
-      const int64_t at = seg.b * p.q_batch + t * p.q_token + head * p.q_head + octet * kPerLane;
-      load8(p.dtype, static_cast<const uint16_t*>(p.q) + at, p.plan.q_vector, x);
-    }
-    float top = 0.0f;
+  const int block_rows = Shared && seg.own_rows ? p.layout.block_rows : T::kRows;
+  for (int r = threadIdx.x / T::kRowLanes; r < block_rows; r += blockDim.x / T::kRowLanes) {
+    const bool valid = r < seg.rows;
+    const int row = valid ? seg.first_row + r : 0, t = row / group % static_cast<int>(p.Tq);
+    const int b = sequence_at(p, seg.node.first + row / (group * static_cast<int>(p.Tq)));
+    const int head = head_at(p, seg.group, row % group);
+    float x[T::kOctets][8] = {}, rotated[8], q_mu = 0.0f, top = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) top = fmaxf(top, fabsf(x[i]));
-    const bool rotate = Packed && p.plan.queries[kQueriesRotated] >= 0;
+    for (int o = 0; o < T::kOctets; ++o) {
+      const int channel = (lane + o * T::kRowLanes) * kPerLane;
+      if (valid && channel < D) {
+        const int64_t at = b * p.q_batch + t * p.q_token + head * p.q_head + channel;
+        load8(p.dtype, static_cast<const uint16_t*>(p.q) + at, p.layout.q_vector, x[o]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) top = fmaxf(top, fabsf(x[o][i]));
+    }
+    const bool rotate = Packed && p.layout.queries[kQueriesRotated] >= 0;
     if (rotate) {
-      const int64_t at = int64_t(seg.head) * D + octet * kPerLane;
+      const int64_t at = int64_t(seg.k_head) * D + lane * kPerLane;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        if (p.transform.centre) q_mu += x[i] * p.transform.centre[at + i];
-        rotated[i] = p.transform.balance ? x[i] / p.transform.balance[at + i] : x[i];
+        if (p.transform.centre) q_mu += x[0][i] * p.transform.centre[at + i];
+        rotated[i] = p.transform.balance ? x[0][i] / p.transform.balance[at + i] : x[0][i];
       }
       hadamard(rotated, D);
 #pragma unroll
@@ -824,53 +924,63 @@ __device__ __forceinline__ void make_queries(const Params& p, const Segment& seg
       q_mu = fold_lanes(q_mu, T::kRowLanes, [](float a, float b) { return a + b; });
     }
     top = fold_lanes(top, T::kRowLanes, [](float a, float b) { return fmaxf(a, b); });
-    // The largest becomes 2^7 ... 2^8: far from fp16's end, and what is down to 2^-21 of it keeps all its bits.
+    // The largest becomes 2^7 ... 2^8: far from fp16's end, and what is down to
+    // 2^-21 of it keeps all its bits.
     const int exponent = max(static_cast<int>(float_bits(top) >> 23) - 127, -100);
     const float up = bits_float(static_cast<uint32_t>(127 + 7 - exponent) << 23);
     const float down = bits_float(static_cast<uint32_t>(127 - 7 + exponent) << 23);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      x[i] *= up;
-      if (rotate) rotated[i] *= up;
-    }
     // word of (step, register b0 or b1, lane 4 g + c) with g = r % 8
     const auto word = [&](Queries kind, int step, int reg, int c) {
-      return reinterpret_cast<uint32_t*>(smem + p.plan.queries[kind]) +
+      return reinterpret_cast<uint32_t*>(smem + p.layout.queries[kind]) +
              (((r / 8 * T::kStepPairs + step / 2) * 32 + r % 8 * 4 + c) * 4 + step % 2 * 2 + reg);
     };
-    if (octet < 4 * T::kStepPairs) {
+#pragma unroll
+    for (int o = 0; o < T::kOctets; ++o) {
+      const int octet = lane + o * T::kRowLanes;
+      if (octet >= 4 * T::kStepPairs) continue;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[o][i] *= up;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        if (p.plan.queries[kQueriesF16] >= 0)
-          *word(kQueriesF16, octet / 2, octet % 2, c) = pack_f16(x[2 * c], x[2 * c + 1]);
-        if (p.plan.queries[kQueriesBf16] >= 0)
-          *word(kQueriesBf16, octet / 2, octet % 2, c) = pack_bf16(x[2 * c], x[2 * c + 1]);
+        if (p.layout.queries[kQueriesF16] >= 0)
+          *word(kQueriesF16, octet / 2, octet % 2, c) = pack_f16(x[o][2 * c], x[o][2 * c + 1]);
+        if (p.layout.queries[kQueriesBf16] >= 0)
+          *word(kQueriesBf16, octet / 2, octet % 2, c) = pack_bf16(x[o][2 * c], x[o][2 * c + 1]);
       }
       if constexpr (Packed) {
-        // group of channels, quarter c of it, 16 channels n of that, channels 0-7 or 8-15
+        // group of channels, quarter c of it, 16 channels n of that, channels
+        // 0-7 or 8-15
         constexpr int octets = T::kGroup / 8;
         const int group = octet / octets, in_group = octet % octets, c = in_group / (octets / 4);
         const int n = in_group % (octets / 4) / 2, high = octet % 2;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int step = group * (T::kGroup / 16) + 4 * n + i / 2;
-          if (rotate)
-            reinterpret_cast<__half*>(word(kQueriesRotated, step, i % 2, c))[high] = __float2half_rn(rotated[i]);
-          if constexpr (T::kTwoTerms)
-            if (p.plan.queries[kQueriesRotatedRest] >= 0)
-              reinterpret_cast<__half*>(word(kQueriesRotatedRest, step, i % 2, c))[high] =
-                  __float2half_rn(rotated[i] - __half2float(__float2half_rn(rotated[i])));
-          if (p.plan.queries[kQueriesPlain] >= 0)
-            reinterpret_cast<__half*>(word(kQueriesPlain, step, i % 2, c))[high] = __float2half_rn(x[i]);
+          if (rotate) {
+            const float y = rotated[i] * up;
+            reinterpret_cast<__half*>(word(kQueriesRotated, step, i % 2, c))[high] = __float2half_rn(y);
+            if constexpr (T::kTwoTerms)
+              if (p.layout.queries[kQueriesRotatedRest] >= 0)
+                reinterpret_cast<__half*>(word(kQueriesRotatedRest, step, i % 2, c))[high] =
+                    __float2half_rn(y - __half2float(__float2half_rn(y)));
+          }
+          if (p.layout.queries[kQueriesPlain] >= 0)
+            reinterpret_cast<__half*>(word(kQueriesPlain, step, i % 2, c))[high] = __float2half_rn(x[o][i]);
         }
       }
     }
-    if (octet == 0) {
+    if (lane == 0) {
+      const int64_t len = p.plan.nodes ? p.seq_lens[b] : seg.node.end;
       Row own;
       own.q_scale = p.scale * unit * down;
       own.q_mu = q_mu * p.scale * unit;
-      own.slope = valid && p.alibi_slopes ? p.alibi_slopes[seg.b * p.alibi_stride + head] * kLog2e : 0.0f;
-      own.last = seg.len - static_cast<int>(p.Tq) + t;
+      own.slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride + head] * kLog2e : 0.0f;
+      own.before = static_cast<int>(len - p.Tq);
+      own.bits = p.tree_mask ? static_cast<uint32_t>(p.tree_mask[b * p.tree_stride + t]) : (2u << t) - 1u;
+      own.position = own.before + depth(own.bits);
+      own.b = b;
+      own.t = static_cast<int16_t>(t);
+      own.head = static_cast<int16_t>(head);
       rows[r] = own;
     }
   }
