@@ -56,6 +56,77 @@ Q, TABLE, LENS = (attention()[name] for name in ("q", "page_table", "seq_lens"))
 MU, T = cache().transform or (None, None)
 Q_NAME = str(Q_DTYPE).removeprefix("torch.")
 
+TREE = torch.ones(4, 1, dtype=torch.int32)
+EXTRA = (torch.zeros(4, 2, 128, dtype=Q_DTYPE), torch.zeros(4, 2, 128, dtype=Q_DTYPE), torch.zeros(4, 2))
+WINDOWS = torch.tensor([[4, 8], [0, -1]], dtype=torch.int32)
+PLAN = kk.plan_decode(LENS)
+FOUR = Q[:, None].expand(4, 4, 6, 128)  # queries of a sequence
+
+
+def extra(**change: Any) -> tuple[Tensor, ...]:
+    return tuple(change.get(name, x) for name, x in zip(("k", "v", "bias"), EXTRA))
+
+
+def plan(**change: Any) -> kk.Plan:
+    return PLAN._replace(**change)
+
+
+def node(i: int, *numbers: int) -> kk.Plan:
+    """PLAN with one node changed."""
+    nodes = PLAN.nodes.clone()
+    nodes[i] = torch.tensor(numbers)
+    return plan(nodes=nodes)
+
+
+# Of quant_attention and flash_decode alike.
+OPTIONS: list[tuple[Args, str]] = [
+    ({"tree_mask": TREE.long()}, "tree_mask must be int32, got int64"),
+    ({"tree_mask": TREE[0]}, "tree_mask must be [B, Tq], got [1]"),
+    ({"tree_mask": TREE.repeat(1, 2)}, "tree_mask must be [B, Tq], got [4, 2]; Tq = 1 from q being [B, Hq, D]"),
+    ({"tree_mask": TREE[:3]}, "tree_mask must be [B, Tq], got [3, 1]; B = 4 from q.size(0)"),
+    ({"tree_mask": TREE + 2}, "tree_mask[0, 0] = 3 has bits beyond those of the Tq = 1 tokens"),
+    ({"tree_mask": TREE - 1}, "tree_mask[0, 0] = 0 lacks bit 0: a token sees itself"),
+    ({"tree_mask": meta(TREE)}, "tree_mask is on meta, but q is on cpu"),
+    ({"head_windows": WINDOWS.long()}, "head_windows must be int32, got int64"),
+    ({"head_windows": WINDOWS[:1]}, "head_windows must be [Hkv, 2], got [1, 2]; Hkv = 2 from"),
+    ({"head_windows": WINDOWS[:, :1]}, "head_windows must be [Hkv, 2], got [2, 1]"),
+    ({"head_windows": WINDOWS.repeat(1, 2)[:, :2]}, "head_windows must be contiguous, got strides [4, 1]"),
+    ({"head_windows": WINDOWS, "window": (5, 0)}, "head_windows cannot go together with window"),
+    ({"head_windows": WINDOWS - 9}, "head_windows[0, 0] = -5 is a negative number of sink tokens"),
+    ({"head_windows": meta(WINDOWS)}, "head_windows is on meta, but q is on cpu"),
+    ({"extra": extra(k=None)}, "extra must be (k, v, bias), all three"),
+    ({"extra": extra(k=EXTRA[0].half())}, f"extra k must be {Q_NAME} like q"),
+    ({"extra": extra(k=EXTRA[0][:3])}, "extra k must be [B, Hkv, D], got [3, 2, 128]; B = 4 from q.size(0)"),
+    ({"extra": extra(k=EXTRA[0][:, :1])}, "extra k must be [B, Hkv, D], got [4, 1, 128]; Hkv = 2 from"),
+    ({"extra": extra(v=EXTRA[1][:1, :, :64])}, "extra v must be [1, Hkv, Dv], got [1, 2, 64]; Dv = 128 from D"),
+    ({"extra": extra(v=gaps(EXTRA[1]))}, "extra v must be contiguous in its last dim"),
+    ({"extra": extra(bias=EXTRA[2].double())}, "extra bias must be float32, got float64"),
+    ({"extra": extra(bias=EXTRA[2][0])}, "extra bias must be [B, Hkv], got [2]"),
+    ({"extra": extra(bias=meta(EXTRA[2]))}, "extra_bias is on meta, but q is on cpu"),
+    ({"extra": extra(bias=EXTRA[2].clone().requires_grad_())}, "extra_bias requires grad"),
+    ({"head_map": (0,) * 5}, "head_map must have Hq entries, got 5; Hq = 6 from q.size(1)"),
+    ({"head_map": (0, 1, 0, 2, 0, 1)}, "head_map holds 2, but there are 2 KV heads, 0 to 1"),
+    ({"head_map": (0, 1, 0, -1, 0, 1)}, "head_map holds -1, but there are 2 KV heads, 0 to 1"),
+    ({"head_map": (0,) * 300, "q": Q[:, :1].expand(4, 300, 128)}, "head_map takes at most 256 query heads, got Hq = 300"),
+    ({"plan": plan(order=None)}, "plan must be (nodes, order, leaf), all three"),
+    ({"plan": PLAN, "window": (5, 0)}, "plan cannot go together with window"),
+    ({"plan": PLAN, "head_windows": WINDOWS}, "plan cannot go together with head_windows"),
+    ({"plan": PLAN, "split_tokens": 64}, "plan cannot go together with split_tokens"),
+    ({"plan": plan(nodes=PLAN.nodes.long())}, "plan.nodes must be int32, got int64"),
+    ({"plan": plan(nodes=PLAN.nodes[:6])}, "plan.nodes must be [2 B, 5], got [6, 5]; B = 4 from q.size(0)"),
+    ({"plan": plan(order=PLAN.order[:3])}, "plan.order must be [B], got [3]; B = 4 from q.size(0)"),
+    ({"plan": plan(leaf=meta(PLAN.leaf))}, "plan_leaf is on meta, but q is on cpu"),
+    ({"plan": plan(order=PLAN.order * 0)}, "plan.order[1] = 0, but order holds every number below B = 4 once"),
+    ({"plan": node(3, 3, 5, 0, 96, -1)}, "plan.nodes[3] = (3, 5, 0, 96, -1) is no range of sequences"),
+    ({"plan": node(3, 3, 4, 5, 96, -1)}, "plan.nodes[3] = (3, 4, 5, 96, -1) is no range of tokens that begins with a page"),
+    ({"plan": node(3, 3, 4, 0, 96, 4)}, "plan.nodes[3] = (3, 4, 0, 96, 4) stands before its parent"),
+    ({"plan": node(3, 3, 4, 32, 96, 2)}, "plan.nodes[3] = (3, 4, 32, 96, 2) does not continue its parent"),
+    ({"plan": node(2, 2, 4, 0, 3, -1)}, "plan.nodes[2] = (2, 4, 0, 3, -1) is shared, but does not end with a page"),
+    ({"plan": node(2, 2, 4, 0, 32, -1)}, "plan.nodes[2] holds tokens up to 32, but seq_lens[2] = 3, and the queries' own tokens are not shared; was the plan made from these lengths, with num_queries = 1?"),
+    ({"plan": kk.plan_decode(LENS + 1)}, "plan.nodes[0] holds tokens up to 2, but seq_lens[0] = 1; was the plan made from these lengths"),
+    ({"plan": plan(leaf=PLAN.leaf.flip(0))}, "plan.leaf[0] = 3 is not the node with the end of the sequence; seq_lens[0] = 1"),
+]  # fmt: skip
+
 ATTENTION: list[tuple[Args, str]] = [
     # q
     ({"q": Q.int()}, "q must be float32 or bfloat16 or float16, got int32"),
@@ -138,6 +209,7 @@ ATTENTION: list[tuple[Args, str]] = [
     ({"alibi_slopes": torch.zeros(1, 4, 6)}, "alibi_slopes must be [B, Hq], got [1, 4, 6]"),
     ({"alibi_slopes": gaps(torch.zeros(6))}, "alibi_slopes must be contiguous in its last dim"),
     ({"alibi_slopes": meta(torch.zeros(6))}, "alibi_slopes is on meta, but q is on cpu"),
+    *OPTIONS,
     ({"out": Q.half()}, f"out must be {Q_NAME} like q, got float16"),
     ({"out": Q.int()}, "out must be float32 or bfloat16 or float16, got int32"),
     ({"out": Q[:3]}, "out must be [B, Hq, D], got [3, 6, 128]; B = 4 from q.size(0)"),
@@ -145,6 +217,78 @@ ATTENTION: list[tuple[Args, str]] = [
     ({"out": Q[:1].expand(4, 6, 128)}, "out is written, so its elements must not share memory, got strides [0, 128, 1]"),
     ({"out": meta(Q)}, "out is on meta, but q is on cpu"),
 ]  # fmt: skip
+
+
+def decode(**change: Any) -> Args:
+    """Arguments of a good call: B 4, Hq 6, Hk = Hv 2, D 128."""
+    args: Args = {
+        "q": torch.zeros(4, 6, 128, dtype=Q_DTYPE),
+        "k_cache": torch.zeros(5, 32, 2, 128, dtype=torch.bfloat16),
+        "v_cache": torch.zeros(5, 32, 2, 128, dtype=torch.bfloat16),
+        "block_table": torch.zeros(4, 3, dtype=torch.int32),
+        "seq_lens": torch.tensor([1, 2, 3, 96], dtype=torch.int32),
+        **change,
+    }
+    return args
+
+
+CACHE = decode()["k_cache"]
+WIDE_Q = torch.zeros(4, 6, 576, dtype=Q_DTYPE)
+WIDE_CACHE = torch.zeros(5, 32, 2, 576, dtype=torch.bfloat16)
+DECODE: list[tuple[Args, str]] = [
+    ({"q": Q.int()}, "q must be float32 or bfloat16 or float16, got int32"),
+    ({"q": Q[0]}, "q must be [B, Hq, D] or [B, Tq, Hq, D], got [6, 128]"),
+    ({"q": Q[..., :96]}, "k_cache must be [num_blocks, page_size, Hk, D], got [5, 32, 2, 128]; D = 96 from q.size(2)"),
+    ({"q": Q[..., :72], "k_cache": CACHE[..., :72]}, "head_dim must be one of 64, 80, 96, 112, 128, 192, 256 (or 576, with values of 512); got 72 from q.size(2)"),
+    ({"q": Q[:, :5]}, "Hq must be a multiple of Hk; Hq = 5 from q.size(1), Hk = 2 from k_cache.size(2)"),
+    ({"k_cache": CACHE.float()}, "k_cache must be bfloat16 or float16, got float32"),
+    ({"k_cache": CACHE[0]}, "k_cache must be [num_blocks, page_size, Hk, D], got [32, 2, 128]"),
+    ({"k_cache": CACHE[:, :0]}, "k_cache must have pages of at least 1 token, got [5, 0, 2, 128]"),
+    ({"k_cache": gaps(CACHE)}, "k_cache must be contiguous in its last dim"),
+    ({"k_cache": meta(CACHE)}, "k_cache is on meta, but q is on cpu"),
+    ({"k_cache": CACHE.clone().requires_grad_()}, "k_cache requires grad"),
+    ({"v_cache": CACHE.int()}, "v_cache must be bfloat16 or float16, got int32"),
+    ({"v_cache": CACHE[:4]}, "v_cache must be [num_blocks, page_size, Hv, Dv], got [4, 32, 2, 128]; num_blocks = 5 from k_cache.size(0)"),
+    ({"v_cache": CACHE[:, :16]}, "v_cache must be [num_blocks, page_size, Hv, Dv], got [5, 16, 2, 128]; page_size = 32 from k_cache.size(1)"),
+    ({"v_cache": CACHE[..., :64]}, "v_cache must be [num_blocks, page_size, Hv, Dv], got [5, 32, 2, 64]; Dv = 128 from D"),
+    ({"v_cache": CACHE.repeat(1, 1, 2, 1)}, "Hq must be a multiple of Hv; Hq = 6 from q.size(1), Hv = 4 from v_cache.size(2)"),
+    ({"v_cache": CACHE[:, :, :1], "head_map": (0,) * 6}, "head_map needs as many heads of K as of V; there are 2 and 1"),
+    ({"v_cache": CACHE[:, :, :1], "extra": EXTRA}, "extra needs as many heads of K as of V; there are 2 and 1"),
+    ({"v_cache": CACHE[:, :, :1], "head_windows": WINDOWS}, "head_windows needs as many heads of K as of V; there are 2 and 1"),
+    ({"v_cache": WIDE_CACHE, "k_cache": WIDE_CACHE, "q": WIDE_Q}, "v_cache must be [num_blocks, page_size, Hv, Dv], got [5, 32, 2, 576]; Dv = 512 from D = 576"),
+    ({"v_cache": WIDE_CACHE[..., :512], "k_cache": WIDE_CACHE, "q": WIDE_Q, "out": WIDE_Q}, "out must be [B, Hq, Dv], got [4, 6, 576]; Dv = 512 from D = 576"),
+    ({"block_table": TABLE.long()}, "block_table must be int32, got int64"),
+    ({"block_table": TABLE[:3]}, "block_table must be [B, max_pages], got [3, 3]; B = 4 from q.size(0)"),
+    ({"block_table": TABLE[:, :2]}, "block_table is too narrow: seq_lens[3] = 96 needs 3 pages of 32 tokens, but block_table.size(1) = 2"),
+    ({"block_table": TABLE + 5}, "block_table[0, 0] = 5, but k_cache has 5 blocks"),
+    ({"block_table": TABLE - 1}, "block_table[0, 0] = -1, but k_cache has 5 blocks"),
+    ({"block_table": TABLE + (1 << 28)}, f"block_table[0, 0] = {1 << 28}, but k_cache has 5 blocks"),
+    ({"seq_lens": LENS.long()}, "seq_lens must be int32, got int64"),
+    ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
+    ({"window": (8, 4)}, "window = (8, 4): attention is causal, so right must be -1 or 0"),
+    ({"sinks": torch.zeros(2)}, "sinks must be [Hq], got [2]; Hq = 6 from q.size(1)"),
+    ({"out": Q.half()}, f"out must be {Q_NAME} like q, got float16"),
+    *OPTIONS,
+]  # fmt: skip
+
+PLAN_PREFIX: list[tuple[Args, str]] = [
+    ({"page_table": TABLE.long()}, "page_table must be int32, got int64"),
+    ({"page_table": TABLE[0]}, "page_table must be [B, max_pages], got [3]"),
+    ({"page_table": TABLE[:3]}, "page_table must be [B, max_pages], got [3, 3]; B = 4 from seq_lens.size(0)"),
+    ({"page_table": gaps(TABLE)}, "page_table must be contiguous in its last dim"),
+    ({"page_table": meta(TABLE)}, "page_table is on meta, but seq_lens is on cpu"),
+    ({"page_table": TABLE[:, :2]}, "page_table is too narrow: seq_lens[3] = 96 needs 3 pages of 32 tokens"),
+    ({"seq_lens": LENS.long()}, "seq_lens must be int32, got int64"),
+    ({"seq_lens": LENS[None]}, "seq_lens must be [B], got [1, 4]"),
+    ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
+    ({"page_size": 0}, "page_size must be at least 1, got 0"),
+    ({"num_queries": 0}, "num_queries must be at least 1, got 0"),
+    ({"min_tokens": -1}, "min_tokens must not be negative, got -1"),
+]  # fmt: skip
+PLAN_DECODE: list[tuple[Args, str]] = [
+    ({"seq_lens": LENS.long()}, "seq_lens must be int32, got int64"),
+    ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
+]
 
 
 def write(**change: Any) -> Args:
@@ -254,15 +398,25 @@ MERGE: list[tuple[Args, str]] = [
     ({"outs": OUTS.double()}, "outs must be float32 or bfloat16 or float16, got float64"),
     ({"outs": OUTS[0, 0, 0]}, "outs must be [S, ..., D], got [64]"),
     ({"outs": gaps(OUTS)}, "outs must be contiguous in its last dim"),
-    ({"outs": meta(OUTS)}, "lses is on cpu, but outs is on meta"),
+    ({"outs": meta(OUTS)}, "is on cpu, but outs[0] is on meta"),
     ({"outs": torch.zeros(3, 4, 6, 64, requires_grad=True)}, "outs requires grad"),
+    ({"outs": [*OUTS], "lses": [*LSES[:2]]}, "outs has 3 tensors and lses 2"),
+    ({"outs": [*OUTS[:2], OUTS[2, :3]], "lses": [*LSES]}, "outs must be outs[0].shape = [4, 6, 64], got [3, 6, 64]"),
+    ({"outs": [*OUTS[:2], OUTS[2].half()], "lses": [*LSES]}, "outs must be float32 like outs, got float16"),
     ({"lses": LSES.half()}, "lses must be float32, got float16"),
     ({"lses": LSES[:2]}, "lses must be outs.shape[:-1] = [3, 4, 6], got [2, 4, 6]"),
     ({"lses": LSES[..., None]}, "lses must be outs.shape[:-1] = [3, 4, 6], got [3, 4, 6, 1]"),
     ({"lses": gaps(LSES)}, "lses must be contiguous in its last dim"),
-    ({"lses": meta(LSES)}, "lses is on meta, but outs is on cpu"),
+    ({"lses": meta(LSES)}, "lses[0] is on meta, but outs[0] is on cpu"),
     ({"lses": torch.zeros(3, 4, 6, requires_grad=True)}, "lses requires grad"),
-]
+    ({"scale": torch.ones(3).double()}, "scale must be float32, got float64"),
+    ({"scale": torch.ones(2)}, "scale must be [S], got [2]; S = 3 from outs.size(0)"),
+    ({"outs": [*OUTS], "lses": [*LSES], "scale": torch.ones(2)}, "scale must be [S], got [2]; S = 3 from the length of outs"),
+    ({"scale": torch.ones(3, requires_grad=True)}, "scale requires grad"),
+    ({"temperature": torch.ones(3, 4)}, "temperature must be [S], got [3, 4]"),
+    ({"temperature": gaps(torch.ones(3))}, "temperature must be contiguous in its last dim"),
+    ({"temperature": meta(torch.ones(3))}, "temperature is on meta, but outs[0] is on cpu"),
+]  # fmt: skip
 
 X = torch.zeros(3, 64)
 FWHT: list[tuple[Args, str]] = [
@@ -276,12 +430,16 @@ FWHT: list[tuple[Args, str]] = [
 
 # What only the CUDA kernels refuse.
 WIDE_K, WIDE_V = (torch.zeros(3, 2, 32, 132, dtype=x.dtype)[..., :128] for x in (K, V))  # rows 264 bytes apart
+CACHE_132 = torch.zeros(5, 32, 2, 132, dtype=torch.bfloat16)[..., :128]
 ODD = torch.zeros(5 * 2 * 2176 + 8, dtype=torch.uint8)[8:].view(5, 2, 2176)  # begins at 16 n + 8
 ON_CUDA: list[tuple[str, Callable[..., Args], Args, str]] = [
     ("quant_attention", attention, {"q": Q.float()}, "q must be float16 or bfloat16 on CUDA, got float32"),
     ("quant_attention", attention, {"q": Q.half()}, "q is float16, but pool 1 holds bf16, whose numbers may not fit float16; on CUDA use bfloat16 queries"),
     ("quant_attention", attention, {"kv": pools(k=WIDE_K)}, "pool 2, keys: on CUDA the address and all strides must be multiples of 16 bytes"),
     ("quant_attention", attention, {"kv": pools(u2=ODD)}, "pool 0, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
+    ("flash_decode", decode, {"q": Q.float()}, "q must be float16 or bfloat16 on CUDA, got float32"),
+    ("flash_decode", decode, {"q": Q.half()}, "q is float16, but a cache holds bf16, whose numbers may not fit float16; on CUDA use bfloat16 queries"),
+    ("flash_decode", decode, {"v_cache": CACHE_132}, "v_cache: on CUDA the address and all strides must be multiples of 16 bytes"),
     ("write_kv", write, {"pool": 2, "kv": pools(v=WIDE_V)}, "pool, values: on CUDA the address and all strides must be multiples of 16 bytes"),
     ("read_kv", read, {"kv": pools(u2=ODD)}, "pool, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
     ("pack_pages", pack, {"kv": pools(u2=ODD)}, "dst, keys: on CUDA the address and all strides must be multiples of 16 bytes; got an address of 16 n + 8"),
@@ -290,6 +448,9 @@ ON_CUDA: list[tuple[str, Callable[..., Args], Args, str]] = [
 
 TABLES: list[tuple[str, Callable[..., Args], list[tuple[Args, str]]]] = [
     ("quant_attention", attention, ATTENTION),
+    ("flash_decode", decode, DECODE),
+    ("plan_prefix", lambda **x: {"page_table": TABLE, "seq_lens": LENS, "page_size": 32, **x}, PLAN_PREFIX),
+    ("plan_decode", lambda **x: {"seq_lens": LENS, **x}, PLAN_DECODE),
     ("write_kv", write, WRITE),
     ("read_kv", read, READ),
     ("pack_pages", pack, PACK),
@@ -297,7 +458,9 @@ TABLES: list[tuple[str, Callable[..., Args], list[tuple[Args, str]]]] = [
     ("fwht", lambda **change: {"x": X, **change}, FWHT),
 ]
 # What stands in GPU memory is not looked at on the host.
-SEEN_ON_THE_HOST = re.compile(r"(page_table|seq_lens|slots|pairs)\[|page_table is too narrow")
+SEEN_ON_THE_HOST = re.compile(
+    r"(page_table|block_table|seq_lens|slots|pairs|tree_mask|head_windows|plan\.\w+)\[.+\] |(page|block)_table is too narrow"
+)
 ROWS = [
     (op, good, change, message.replace("on cpu", f"on {DEVICE}"))
     for op, good, rows in TABLES
@@ -390,6 +553,12 @@ def test_not_a_tensor() -> None:
         kk.quant_attention([1.0], cache(), TABLE, LENS)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="quant_attention: kv must be a PagedKV, got tuple"):
         kk.quant_attention(Q, tuple(cache()), TABLE, LENS)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="flash_decode: q must be a tensor, got NoneType"):
+        kk.flash_decode(None, K, V, TABLE, LENS)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"quant_attention: extra must be a tuple \(k, v, bias\), got tuple"):
+        kk.quant_attention(**attention(extra=EXTRA[:2]))
+    with pytest.raises(TypeError, match="quant_attention: plan must be a Plan, got tuple"):
+        kk.quant_attention(**attention(plan=PLAN[:2]))
     with pytest.raises(TypeError, match="fwht: x must be a tensor, got float"):
         kk.fwht(1.0)  # type: ignore[arg-type]
 

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "bind/check.h"
 #include "bind/exec.h"
 
@@ -15,33 +17,54 @@ void same_shape(const Check& c, const View& v, const char* rule, const int64_t* 
   c.refuse(v.name, " must be ", rule, " = ", shape_text(size, dim), ", got ", shape_text(v.size, v.dim));
 }
 
-void merge_states(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tensor& lse) {
+// `copy` keeps what had to be copied.
+View contiguous(Check& c, const char* name, const Tensor& t, unsigned dtypes, std::vector<Tensor>& copies) {
+  const View v = c.any(name, t, dtypes);
+  if (v.contiguous()) return v;
+  copies.push_back(torch::stable::contiguous(t));
+  return c.any(name, copies.back(), dtypes);
+}
+
+void merge_states(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses, const std::optional<Tensor>& scale,
+                  const std::optional<Tensor>& temperature, const Tensor& out_arg, const Tensor& lse_arg) {
   Check c("merge_states");
-  View a = c.any("outs", outs, kFloats);
-  if (a.dim < 2) c.refuse("outs must be [S, ..., D], got ", shape_text(a.size, a.dim));
-  View l = c.any("lses", lses, kF32);
-  same_shape(c, l, "outs.shape[:-1]", a.size, a.dim - 1);
-  const View o = c.any("out", out, kFloats), e = c.any("lse", lse, kF32);
-  same_shape(c, o, "outs.shape[1:]", a.size + 1, a.dim - 1);
-  same_shape(c, e, "lses.shape[1:]", l.size + 1, l.dim - 1);
+  const size_t parts = outs.size();
+  if (parts < 1 || lses.size() != parts) c.refuse("outs has ", parts, " tensors and lses ", lses.size());
+  if (parts > kMaxMergeParts) c.refuse("outs has ", parts, " tensors, but at most ", kMaxMergeParts, " go uncopied");
+  MergeStatesParams p{};
+  std::vector<Tensor> copies;
+  copies.reserve(2 * parts);
+  View a, l;
+  const bool stacked = outs[0].dim() > out_arg.dim();
+  for (size_t s = 0; s < parts; ++s) {
+    const View x = contiguous(c, "outs", outs[s], kFloats, copies);
+    if (s == 0) a = x;
+    same_shape(c, x, "outs[0].shape", a.size, a.dim);
+    c.same_dtype(x, a);
+    if (x.dim < 1 + stacked) c.refuse("outs must be [S, ..., D], got ", shape_text(x.size, x.dim));
+    l = contiguous(c, "lses", lses[s], kF32, copies);
+    same_shape(c, l, "outs.shape[:-1]", a.size, a.dim - 1);
+    p.outs[s] = x.data();
+    p.lses[s] = l.data<float>();
+  }
+  p.num_parts = stacked ? 0 : static_cast<int>(parts);
+  p.S = stacked ? a.size[0] : p.num_parts;
+  p.D = a.size[a.dim - 1];
+  p.N = 1;
+  for (int64_t i = stacked; i < a.dim - 1; ++i) p.N *= a.size[i];
+  c.bind("S", p.S, stacked ? "outs.size(0)" : "the length of outs");
+  if (scale) p.scale = c.is("scale", *scale, kF32, "S").data<float>();
+  if (temperature) p.temperature = c.is("temperature", *temperature, kF32, "S").data<float>();
+
+  const View o = c.any("out", out_arg, kFloats), e = c.any("lse", lse_arg, kF32);
+  same_shape(c, o, "outs.shape[1:]", a.size + stacked, a.dim - stacked);
+  same_shape(c, e, "lses.shape[1:]", l.size + stacked, l.dim - stacked);
   c.same_dtype(o, a);
   for (const View* written : {&o, &e}) {
     c.contiguous(*written);
     c.writable(*written);
   }
-
-  MergeStatesParams p{};
-  p.S = a.size[0];
-  p.D = a.size[a.dim - 1];
-  p.N = 1;
-  for (int64_t i = 1; i < a.dim - 1; ++i) p.N *= a.size[i];
   if (p.N == 0 || p.D == 0) return;
-
-  Tensor outs_copy = outs, lses_copy = lses;
-  if (!a.contiguous()) outs_copy = torch::stable::contiguous(outs), a = c.any("outs", outs_copy, kFloats);
-  if (!l.contiguous()) lses_copy = torch::stable::contiguous(lses), l = c.any("lses", lses_copy, kF32);
-  p.outs = a.data();
-  p.lses = l.data<float>();
   p.out = o.mutable_data();
   p.lse = e.mutable_data<float>();
   p.dtype = dtype_of(a);
@@ -52,6 +75,8 @@ void merge_states(const Tensor& outs, const Tensor& lses, const Tensor& out, con
 }  // namespace kk::bind
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
-  m.def("merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "merge_states(Tensor[] outs, Tensor[] lses, Tensor? scale, Tensor? temperature, Tensor(a!) out, Tensor(b!) lse) "
+      "-> ()");
 }
 KK_REGISTER(merge_states)

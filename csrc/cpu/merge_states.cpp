@@ -11,15 +11,24 @@ namespace {
 
 constexpr int64_t kBlock = 256;  // channels whose sums stay in L1
 
+float weighed_lse(const MergeStatesParams& p, int64_t s, int64_t row) {
+  const float lse = p.num_parts ? p.lses[s][row] : p.lses[0][s * p.N + row];
+  if (lse == -INFINITY) return lse;  // not 0 * -inf
+  return lse * (p.scale ? p.scale[s] : 1.0f) * (p.temperature ? p.temperature[s] : 1.0f);
+}
+
 template <DType T>
 void merge_row(const MergeStatesParams& p, int64_t row) {
   constexpr int64_t element = kElementBytes<T>;
-  const uint8_t* outs = static_cast<const uint8_t*>(p.outs) + row * p.D * element;
+  const auto out_of = [&](int64_t s) {
+    const void* part = p.num_parts ? p.outs[s] : p.outs[0];
+    return static_cast<const uint8_t*>(part) + ((p.num_parts ? 0 : s * p.N) + row) * p.D * element;
+  };
   uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.D * element;
   float top = -INFINITY;
   bool nan = false;
   for (int64_t s = 0; s < p.S; ++s) {
-    const float lse = p.lses[s * p.N + row];
+    const float lse = weighed_lse(p, s, row);
     nan |= lse != lse;
     if (lse > top) top = lse;
   }
@@ -30,16 +39,16 @@ void merge_row(const MergeStatesParams& p, int64_t row) {
     return;
   }
   float sum = 0.0f;
-  for (int64_t s = 0; s < p.S; ++s) sum += ::expf(p.lses[s * p.N + row] - top);
+  for (int64_t s = 0; s < p.S; ++s) sum += ::expf(weighed_lse(p, s, row) - top);
   p.lse[row] = top + ::logf(sum);
   const float inv = 1.0f / sum;
   for (int64_t begin = 0; begin < p.D; begin += kBlock) {
     const int64_t n = p.D - begin < kBlock ? p.D - begin : kBlock, whole = n / F::W * F::W;
     alignas(64) float acc[kBlock + F::W] = {};
     for (int64_t s = 0; s < p.S; ++s) {
-      const float weight = ::expf(p.lses[s * p.N + row] - top) * inv;
+      const float weight = ::expf(weighed_lse(p, s, row) - top) * inv;
       if (weight == 0.0f) continue;  // not 0 * out: an empty state's out may be NaN
-      const uint8_t* x = outs + (s * p.N * p.D + begin) * element;
+      const uint8_t* x = out_of(s) + begin * element;
       const F w = F::fill(weight);
       for (int64_t i = 0; i < whole; i += F::W) fma(w, load<T>(x + i * element), F::load(acc + i)).store(acc + i);
       if (whole < n) {

@@ -15,7 +15,11 @@ __global__ __launch_bounds__(kThreads) void merge_states_kernel(MergeStatesParam
   const int lane = threadIdx.x % lanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
   const bool active = row < p.N;  // all lanes of a warp fold
-  const auto lse_of = [&](int64_t s) { return active ? p.lses[s * p.N + row] : -INFINITY; };
+  const auto lse_of = [&](int64_t s) {
+    const float lse = !active ? -INFINITY : p.num_parts ? p.lses[s][row] : p.lses[0][s * p.N + row];
+    if (lse == -INFINITY) return lse;  // not 0 * -inf
+    return lse * (p.scale ? p.scale[s] : 1.0f) * (p.temperature ? p.temperature[s] : 1.0f);
+  };
 
   float top = -INFINITY;
   bool nan = false;
@@ -36,7 +40,10 @@ __global__ __launch_bounds__(kThreads) void merge_states_kernel(MergeStatesParam
   if (lane == 0) p.lse[row] = empty ? -INFINITY : top + logf(sum);
   const float inv = 1.0f / sum;
 
-  const Element* outs = static_cast<const Element*>(p.outs) + row * p.D;
+  const auto out_of = [&](int64_t s) {
+    const void* part = p.num_parts ? p.outs[s] : p.outs[0];
+    return static_cast<const Element*>(part) + ((p.num_parts ? 0 : s * p.N) + row) * p.D;
+  };
   Element* out = static_cast<Element*>(p.out) + row * p.D;
   for (int64_t c = lane * kPerLane; c < p.D; c += lanes * kPerLane) {
     float acc[8] = {};
@@ -49,7 +56,7 @@ __global__ __launch_bounds__(kThreads) void merge_states_kernel(MergeStatesParam
 #pragma unroll
         for (int j = 0; j < 8; ++j) x[i][j] = 0.0f;
         if (weight[i] == 0.0f) continue;  // not 0 * out: an empty state's out may be NaN
-        load8<T>(outs + (first + i) * p.N * p.D + c, vector, x[i], p.D - c);
+        load8<T>(out_of(first + i) + c, vector, x[i], p.D - c);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
@@ -65,7 +72,8 @@ __global__ __launch_bounds__(kThreads) void merge_states_kernel(MergeStatesParam
 void merge_states(const MergeStatesParams& p, const CudaExec& exec) {
   int lanes = 1;
   while (lanes < 32 && lanes * kPerLane < p.D) lanes *= 2;
-  const bool vector = p.D % kPerLane == 0 && aligned16(p.outs) && aligned16(p.out);
+  bool vector = p.D % kPerLane == 0 && aligned16(p.out) && aligned16(p.outs[0]);
+  for (int s = 1; s < p.num_parts; ++s) vector &= aligned16(p.outs[s]);
   const int64_t rows = kThreads / lanes, blocks = (p.N + rows - 1) / rows;
   if (blocks >> 31) fail("merge_states: too many rows for one launch on CUDA");
   const auto run = [&](auto kernel) {

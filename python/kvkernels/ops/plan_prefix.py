@@ -56,7 +56,8 @@ def empty_plan(seq_lens: Tensor) -> Plan:
 @torch.library.register_fake("kvkernels::plan")
 def _(page_table: Tensor | None, seq_lens: Tensor, page_size: int, num_queries: int, min_tokens: int, nodes: Tensor,
       order: Tensor, leaf: Tensor) -> None:  # fmt: skip
-    _args.same_device("plan", seq_lens=seq_lens, page_table=page_table, nodes=nodes, order=order, leaf=leaf)
+    op = "plan_decode" if page_table is None else "plan_prefix"
+    _args.same_device(op, seq_lens=seq_lens, page_table=page_table, nodes=nodes, order=order, leaf=leaf)
 
 
 def reference(

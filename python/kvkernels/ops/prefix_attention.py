@@ -88,10 +88,11 @@ def prefix_attention(
     if plan is None:
         Tq = q.shape[1] if q.dim() == 4 else 1
         plan = plan_prefix.plan_prefix(page_table, seq_lens, kv.page_size, num_queries=Tq)
-    return quant.quant_attention(  # type: ignore[call-overload, no-any-return]
-        q, kv, page_table, seq_lens, plan=plan, scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
-        tree_mask=tree_mask, extra=extra, head_map=head_map, return_lse=return_lse, out=out,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes, "tree_mask": tree_mask,
+        "extra": extra, "head_map": head_map, "return_lse": return_lse, "out": out,
+    }  # fmt: skip
+    return quant.quant_attention(q, kv, page_table, seq_lens, plan=plan, **options)
 
 
 reference = quant.reference  # of every sequence by itself
