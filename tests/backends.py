@@ -92,6 +92,15 @@ def place(name: str, t: Tensor, written: bool = False) -> tuple[Tensor, Tensor, 
     return copy.view(t.dtype).as_strided(t.shape, t.stride()), copy, flat
 
 
+def within(t: Tensor, other: Tensor) -> bool:
+    """Does t lie in the memory of `other`, as the values of MLA do in the keys?"""
+    if t.dtype != other.dtype or t.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    first = [x.storage_offset() for x in (t, other)]
+    last = [x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) for x in (t, other)]
+    return first[0] >= first[1] and last[0] <= last[1]
+
+
 def elsewhere(op: Any) -> Callable[..., Any]:
     """The op on copies of its tensors."""
     arguments = op._schema.arguments
@@ -100,6 +109,7 @@ def elsewhere(op: Any) -> Callable[..., Any]:
         if any(isinstance(a, Tensor) and a.requires_grad and torch.is_grad_enabled() for a in args):  # of fwht
             return op(*(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)).cpu()
         written: list[tuple[Tensor, Tensor]] = []
+        read: list[tuple[Tensor, Tensor]] = []
 
         def put(name: str, a: Any, write: bool) -> Any:
             if isinstance(a, (list, tuple)):
@@ -108,9 +118,15 @@ def elsewhere(op: Any) -> Callable[..., Any]:
                 return a
             if a.numel() == 0:
                 return a.to(DEVICE)
+            for whole, copy in () if write else read:
+                if within(a, whole):
+                    offset = copy.storage_offset() + a.storage_offset() - whole.storage_offset()
+                    return copy.as_strided(a.shape, a.stride(), offset)
             copy, mine, original = place(name, a, write)
             if write:
                 written.append((original, mine))
+            else:
+                read.append((a, copy))
             return copy
 
         with torch.no_grad():

@@ -18,8 +18,8 @@ HEADS, D, PAGE = 2, 128, 64
 
 
 class Step:
-    """A decode step on static tensors: write a token per sequence, pack a page, attend, merge. Lengths, slots, the
-    page table and the pairs are data, so a graph of it serves any of them."""
+    """A decode step on static tensors: write a token per sequence, pack a page, find what is shared, attend, merge.
+    Lengths, slots, the page table and the pairs are data, so a graph of it serves any of them."""
 
     def __init__(self, batch: int, pages: int):
         kv = kk.PagedKV.empty(["bf16", "u2"], batch * pages, HEADS, D, PAGE, device=DEVICE)
@@ -44,7 +44,12 @@ class Step:
         own = torch.arange(batch)[:, None] * self.pages + torch.arange(self.pages)
         pool = torch.randint(0, 2, own.shape, generator=gen)
         last = torch.arange(self.pages) == (lens // PAGE)[:, None]
-        self.table.copy_((pool.where(~last, 0) << 28 | own).int())
+        table = pool.where(~last, 0) << 28 | own
+        for b in range(1, batch):  # some begin as the one before does
+            shared = int(torch.randint(0, self.pages, (1,), generator=gen)) if (b + seed) % 3 else 0
+            shared = min(shared, int(lens[b]) // PAGE, int(lens[b - 1]) // PAGE)
+            table[b, :shared] = table[b - 1, :shared]
+        self.table.copy_(table.int())
         self.lens.copy_((lens + 1).int())
         self.slots.copy_(own[torch.arange(batch), lens // PAGE] * PAGE + lens % PAGE)
         self.pairs.copy_(torch.tensor([[seed % len(own), (seed + 1) % len(own)]], dtype=torch.int32))
@@ -53,9 +58,11 @@ class Step:
         kk.write_kv(self.k, self.k, self.kv, 0, self.slots)
         kk.pack_pages(self.kv, 0, 1, self.pairs)
         out, lse = kk.quant_attention(self.q, self.kv, self.table, self.lens, return_lse=True)
-        merged = kk.merge_states([out, out], [lse, lse])
+        plan = kk.plan_prefix(self.table, self.lens, PAGE, min_tokens=0)
+        planned = kk.prefix_attention(self.q, self.kv, self.table, self.lens, plan=plan, return_lse=True)
+        merged = kk.merge_states([out, planned[0]], [lse, planned[1]])
         read = kk.read_kv(self.kv, 0, self.slots, torch.bfloat16)
-        return out, lse, *merged, *read, kk.fwht(out)
+        return out, lse, *plan, *planned, *merged, *read, kk.fwht(out)
 
 
 @pytest.mark.traced
@@ -119,10 +126,10 @@ def test_the_device_of_the_tensors_counts_not_the_current_one() -> None:
 def test_ops_take_tensors_of_the_gpu(name: str) -> None:
     """Without the copies of tests/backends.py: outputs and workspaces are allocated where the inputs are."""
     op = OPS[name]
-    case = next(c for c in op.cases() if 0 not in (c.get("T"), c.get("N"), c.get("S"), *c.get("rows", ())))
+    case = next(c for c in op.cases() if 0 not in (*(c.get(k) for k in "TNSB"), *c.get("rows", ())))
     args, kwargs = op.make(case)
     moved = to_device(args)
-    got = getattr(kk, name)(*moved, **kwargs)
+    got = getattr(kk, name)(*moved, **to_device(kwargs))
     results = got if isinstance(got, tuple) else () if got is None else (got,)
     assert all(r.device == tensors_of(moved)[0].device for r in results)
     for i, mine in enumerate(results):
