@@ -1,11 +1,9 @@
 // Decode attention on pages of any mix of formats.
 //
-// A block works on segments: (node, group, row tile, range of units), a unit
-// being up to 64 tokens of one page (attention_schedule.cuh). Its warps take
-// the units in turn, each with its own cp.async pipeline and its own online
-// softmax (attention_warp.cuh), and do not wait for each other before the end
-// of the segment, where their states are merged; or, where a group has many
-// rows, every warp has its own of them. Rows are (sequence, query, head of the
+// A block works on segments: (node, group, row tile, range of units), a unit being up to 64 tokens of one page
+// (attention_schedule.cuh). Its warps take the units in turn, each with its own cp.async pipeline and its own online
+// softmax (attention_warp.cuh), and do not wait for each other before the end of the segment, where their states are
+// merged; or, where a group has many rows, every warp has its own of them. Rows are (sequence, query, head of the
 // group).
 #include <algorithm>
 #include <string>
@@ -27,10 +25,9 @@ __device__ __forceinline__ float log_sum(float a, float b) {
   return top > -INFINITY ? top + logf(expf(a - top) + expf(b - top)) : top;
 }
 
-// Sums, m and l of one query row -> out and lse. Each of the row's L lanes has
-// 8 channels O times, 8 L channels apart. A sink logit joins the denominator,
-// an extra token that and the sums. Lanes that are not `active` only come
-// along: a warp calls it together.
+// Sums, m and l of one query row -> out and lse. Each of the row's L lanes has 8 channels O times, 8 L channels apart.
+// A sink logit joins the denominator, an extra token that and the sums. Lanes that are not `active` only come along: a
+// warp calls it together.
 template <int L, int O>
 __device__ __forceinline__ void write_row(const Params& p, int64_t b, int64_t t, int64_t head, int64_t group,
                                           float (&x)[O][8], State s, bool active) {
@@ -160,21 +157,21 @@ __device__ __forceinline__ void run_segment(const Params& p, const Segment& seg)
 // ---- kernels
 
 // Registers: 168 leave room for 3 blocks of 4 warps on an SM, 255 for 2.
-template <int D, int NT>
-constexpr int kBlocksPerSm = D * NT <= 128 ? 3 : 2;
+template <int D, int NT, bool Shared>
+constexpr int kBlocksPerSm = D * NT <= 128 && !Shared ? 3 : 2;
 
 template <int D, int NT, bool Packed, bool Shared>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerSm<D, NT>)
+__global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerSm<D, NT, Shared>)
     attention_kernel(const __grid_constant__ Params p) {
   KK_SHARED(Walk, walk, [1]);
   KK_SHARED(Segment, segment, [1]);
   Walk start{blockIdx.x, blockIdx.x, p.B * p.layout.tiles * p.layout.splits, 0, 0, 0};
   if (p.layout.splits == 0) {
-    const Shares shares(p, count_units(p, 0).all);
+    const Shares shares(p, count_steps(p, 0).all);
     if (blockIdx.x >= shares.n) return;
     start.at = start.begin = shares.begin(blockIdx.x);
     start.end = shares.begin(blockIdx.x + 1);
-    const Place place = find_unit(p, start.at);
+    const Place place = find_step(p, start.at);
     start.node = place.node;
     start.before = place.before;
   }
@@ -191,13 +188,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerSm<D, NT>)
 // The nodes of a sequence, from its leaf up.
 struct Chain {
   int length, node[kMaxPlanDepth];
-  int64_t before[kMaxPlanDepth];  // units of the list before the node
+  int64_t before[kMaxPlanDepth];  // steps of the list before the node
   int position;                   // of the sequence in the plan's order
 };
 
-// Merges the parts of what was cut and of sequences with several nodes, and
-// writes the rows of empty sequences. Block (b, y): rows y, y + gridDim.y, ...
-// in groups that fill the block.
+// Merges the parts of what was cut and of sequences with several nodes, and writes the rows of empty sequences. Block
+// (b, y): rows y, y + gridDim.y, ... in groups that fill the block.
 template <int L, int O>
 __global__ void __launch_bounds__(32 * kMaxWarps) merge_kernel(const __grid_constant__ Params p) {
   const int b = blockIdx.x;
@@ -215,9 +211,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps) merge_kernel(const __grid_cons
   __syncthreads();
   int64_t all = 0;
   for (int i = 0; i < chain[0].length && p.layout.splits == 0; ++i) {
-    const UnitCount units = count_units(p, chain[0].node[i]);
-    all = units.all;
-    if (threadIdx.x == 0) chain[0].before[i] = units.before;
+    const StepCount steps = count_steps(p, chain[0].node[i]);
+    all = steps.all;
+    if (threadIdx.x == 0) chain[0].before[i] = steps.before;
   }
   __syncthreads();
   const Shares shares(p, all);
@@ -269,16 +265,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps) merge_kernel(const __grid_cons
 #pragma unroll(4 / O)
         for (int64_t k = 0; k < n && n > 1; ++k) add((tiles * p.layout.splits + k) * p.layout.block_rows + tile_row);
       } else {
-        const int64_t unit = chain[0].before[i] + units_before(p, node, group) + tile * span.units;
-        const int64_t first = shares.block_of(unit), last = shares.block_of(unit + span.units - 1);
-        if (first == last) {
+        const Steps steps(p, node, group, span);
+        const int64_t begin = chain[0].before[i] + steps_before(p, node, group) + tile * steps.all;
+        const int64_t first = shares.block_of(begin), last = shares.block_of(begin + steps.all - 1);
+        // Units of the tile before those of block k.
+        const auto units_before = [&](int64_t k) {
+          return steps.unit(min(max(shares.begin(k) - begin, int64_t(0)), steps.all));
+        };
+        if (units_before(first + 1) == span.units) {  // not cut
           written = chain[0].length == 1;
           if (!written) add(whole_row(p, chain[0].length - 1 - i, b, t, head));
           continue;
         }
 #pragma unroll(4 / O)
         for (int64_t k = first; k <= last; ++k)
-          add((2 * k + (unit > shares.begin(k))) * p.layout.block_rows + tile_row);
+          if (units_before(k) < units_before(k + 1))
+            add((2 * k + (begin > shares.begin(k))) * p.layout.block_rows + tile_row);
       }
     }
     write_row<L, O>(p, b, t, head, group, sum, {m, l}, exists && !written);
@@ -368,7 +370,7 @@ template <int D, int NT>
 void set_unit(Layout& layout, const AttentionParams& p, int unit) {
   using T = Tile<D, NT>;
   layout.unit = unit;
-  layout.stages_offset = unit / 16 * NT * 32 * static_cast<int>(sizeof(float4));
+  int most_tokens = 0;
   layout.stage_bytes = 0;
   for (int i = 0; i < p.num_pools; ++i) {
     const Pool& pool = p.pools[i];
@@ -387,8 +389,10 @@ void set_unit(Layout& layout, const AttentionParams& p, int unit) {
       own.k = {{{0, 0, k_bytes + v_bytes}}};
       own.v = {};
     }
+    most_tokens = std::max(most_tokens, tokens);
     layout.stage_bytes = std::max({layout.stage_bytes, T::kHeader + k_bytes, own.v_offset + v_bytes});
   }
+  layout.stages_offset = most_tokens / 16 * NT * 32 * static_cast<int>(sizeof(float4));
 }
 
 // Slots for parts, of block_rows rows each.
@@ -423,8 +427,7 @@ Layout make_layout(const AttentionParams& p, const CudaExec& exec) {
   for (int i = 0; i < p.num_pools; ++i) {
     const Queries kind = queries_for(p.pools[i].k_format);
     needed[kind] = true;
-    // A rotated float16 query has more than the 11 bits it came with; bf16 ones
-    // come with 8.
+    // A rotated float16 query has more than the 11 bits it came with; bf16 ones come with 8.
     if (kind == kQueriesRotated && p.dtype == DType::f16) needed[kQueriesRotatedRest] = true;
     const Format v = p.pools[i].v_format, first = p.pools[0].v_format;
     all_rotated &= is_rotated(v);
@@ -436,8 +439,7 @@ Layout make_layout(const AttentionParams& p, const CudaExec& exec) {
   const int block_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device);
   const int sm_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device);
   constexpr int kStatic = kMaxWarps * T::kRows * static_cast<int>(sizeof(Row) + sizeof(State)) + 512;
-  constexpr int kReserved = 1024 + kStatic;  // bytes that CUDA keeps of an SM for every block, and
-                                             // static variables
+  constexpr int kReserved = 1024 + kStatic;  // bytes that CUDA keeps of an SM for every block, and static variables
   const auto fits = [&](int warps, int blocks, int stages) {
     const int tiles = Shared ? warps : 1;  // of T::kRows rows
     layout.warps = warps;
@@ -456,18 +458,19 @@ Layout make_layout(const AttentionParams& p, const CudaExec& exec) {
     return layout.smem <= std::min(block_limit, sm_limit / blocks) - kReserved;
   };
   const auto choose = [&] {
-    // Where warps have rows of their own, as many warps as there are rows for;
-    // a plan's nodes may have any number.
+    // Where warps have rows of their own, as many warps as there are rows for; a plan's nodes may have any number.
     const int64_t tiles = (most_rows(p) + T::kRows - 1) / T::kRows;
     const int most_warps = Shared && !p.plan.nodes ? static_cast<int>(std::min<int64_t>(tiles, kMaxWarps)) : kMaxWarps;
-    // As many blocks on an SM as registers allow if three stages fit, else
-    // fewer; then smaller units, then fewer warps.
+    // Packed codes are unpacked anew for the rows of every warp; 16-bit rows take longer to come than to be used.
+    layout.cost = Shared && any_packed(p) ? most_warps : 1;
+    // As many blocks on an SM as registers allow if three stages fit, else fewer; then smaller units, then fewer warps.
+    // With many rows two stages are enough: a stage is used for longer than the next one takes.
     for (int warps = most_warps; warps > 0; warps /= 2)
       for (int unit = 64; unit >= 16; unit /= 2) {
         if (unit > 16 && (p.page_size % unit || p.split_tokens % unit)) continue;
         set_unit<D, NT>(layout, p, unit);
-        for (int blocks = kBlocksPerSm<D, NT> * kMaxWarps / most_warps; blocks > 0; --blocks)
-          for (int stages = 4; stages >= (blocks > 1 ? 3 : 2); --stages)
+        for (int blocks = kBlocksPerSm<D, NT, Shared> * kMaxWarps / most_warps; blocks > 0; --blocks)
+          for (int stages = 4; stages >= (blocks > 1 && !Shared ? 3 : 2); --stages)
             if (fits(warps, blocks, stages)) return;
       }
     fail("attention: head_dim is too large for the shared memory of this GPU");
@@ -478,8 +481,7 @@ Layout make_layout(const AttentionParams& p, const CudaExec& exec) {
   return layout;
 }
 
-// Calls f(D, NT, Shared). Kernels without Shared have no plan and one row tile
-// per group.
+// Calls f(D, NT, Shared). Kernels without Shared have no plan and one row tile per group.
 template <typename F>
 void with_tile(const AttentionParams& p, F&& f) {
   const int64_t rows = most_rows(p);
@@ -490,8 +492,8 @@ void with_tile(const AttentionParams& p, F&& f) {
       f(d, Int<1>{}, std::true_type{});
     } else {
       if (rows <= 8 && !several) return f(d, Int<1>{}, std::false_type{});
-      // Packed formats at 256: two tiles with a second term of q, or of
-      // several nodes, take more registers than there are.
+      // Packed formats at 256: two tiles with a second term of q, or of several nodes, take more registers than there
+      // are.
       if constexpr (D == 256)
         if (packed && (several || p.dtype == DType::f16)) return f(d, Int<1>{}, std::true_type{});
       if (several) return f(d, Int<2>{}, std::true_type{});

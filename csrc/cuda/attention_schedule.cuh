@@ -1,15 +1,11 @@
-// How an attention launch shares its work: units (up to 64 tokens of one page),
-// segments (a range of units of one node, group and row tile), and the places
-// of partial results. Host and both kernels see the same Layout.
+// How an attention launch shares its work: units (up to 64 tokens of one page), segments (a range of units of one node,
+// group and row tile), and the places of partial results. Host and both kernels see the same Layout.
 //
-// A node is a run of tokens of one sequence, or of several that share them
-// (plan_node.h); its rows are the queries of all its sequences. Blocks take
-// equal shares of the list (node, group, row tile, unit), so that at most two
-// segments of a block are cut from a (node, group, row tile). Both kernels find
-// the shares by the same arithmetic from what lies on the device: no plan on
-// the host, no atomics. With split_tokens segments are fixed intervals,
-// whatever the batch. Source: equal shares as in FlashMLA's
-// get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge);
+// A node is a run of tokens of one sequence, or of several that share them (plan_node.h); its rows are the queries of
+// all its sequences. Blocks take equal shares of the list (node, group, row tile, unit), so that at most two segments
+// of a block are cut from a (node, group, row tile). Both kernels find the shares by the same arithmetic from what lies
+// on the device: no plan on the host, no atomics. With split_tokens segments are fixed intervals, whatever the batch.
+// Source: equal shares as in FlashMLA's get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge);
 // Juravsky 2024, Hydragen (queries of a shared prefix as rows of one product).
 #pragma once
 #include "cuda/rows.cuh"
@@ -18,15 +14,12 @@
 namespace kk::cuda {
 
 constexpr int kMaxWarps = 4;
-constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps
-                                           // idle and make more parts to merge
+constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps idle and make more parts to merge
 
-// The queries that the K side of a format is multiplied with. Each kind that
-// the pools need is made once per segment.
+// The queries that the K side of a format is multiplied with. Each kind that the pools need is made once per segment.
 enum Queries : int { kQueriesF16, kQueriesBf16, kQueriesRotated, kQueriesRotatedRest, kQueriesPlain, kQueryKinds };
 
-// One side of a page of packed format is up to three arrays. In a stage they
-// lie behind each other.
+// One side of a page of packed format is up to three arrays. In a stage they lie behind each other.
 struct SideArray {
   int offset;  // in the side
   int stride;  // bytes of a token
@@ -36,44 +29,35 @@ struct SideArrays {
   SideArray array[3];
 };
 struct PoolLayout {
-  SideArrays k, v;  // k may be the whole page, which has both sides in one
-                    // piece; v is empty then
+  SideArrays k, v;  // k may be the whole page, which has both sides in one piece; v is empty then
   int tokens;       // of a stage: 16 where a side has 16-bit rows, else a unit
-  int v_offset;     // of the V side in a stage; that of the K side where V lies in
-                    // K's rows
+  int v_offset;     // of the V side in a stage; that of the K side where V lies in K's rows
 };
 
 struct Layout {
   int group;       // query heads of every group, or 0 where they differ
-  bool uniform;    // groups of a node have the same rows and the same visible
-                   // tokens
-  int tile_rows;   // rows of a warp. A group with no more of them is one tile,
-                   // whose units the warps share;
-  int block_rows;  // a larger one has tiles of so many, and the warps go through
-                   // all units, each for its own rows
+  bool uniform;    // groups of a node have the same rows and the same visible tokens
+  int tile_rows;   // rows of a warp. A group with no more of them is one tile, whose units the warps share;
+  int block_rows;  // a larger one has tiles of so many, and the warps go through all units, each for its own rows
+  int cost;        // steps of a unit whose block gives each warp its own rows; of others 1
   int unit;        // tokens; divides page_size and split_tokens, or is 16
   int64_t tiles;   // row tiles of a sequence
   int64_t splits;  // of a sequence, at most; 0: equal shares
-  int64_t whole;   // first partial row of what was not cut:
-                   // [kMaxPlanDepth][B][Tq][Hq], with a sharing plan
+  int64_t whole;   // first partial row of what was not cut: [kMaxPlanDepth][B][Tq][Hq], with a sharing plan
   int blocks, warps, stages;
-  // Shared memory: queries of each kind | per warp: scores of a stage, stages,
-  // sums (over the stages if they may)
+  // Shared memory: queries of each kind | per warp: scores of a stage, stages, sums (over the stages if they may)
   int queries[kQueryKinds];  // offset; < 0: not needed
   int warps_offset, warp_bytes, stages_offset, stage_bytes, sums_offset;
-  uint32_t page_magic;  // x / page_size = x * page_magic >> page_shift for 0 <=
-                        // x < 2^31
+  uint32_t page_magic;  // x / page_size = x * page_magic >> page_shift for 0 <= x < 2^31
   int page_shift;
   PoolLayout pools[kMaxPools];
   int64_t smem;
   bool mixed_basis;    // the pools' V sums have different bases
   bool rotate_at_end;  // all of them are rotated
   bool q_vector, out_vector, extra_vector;
-  float row_factor;  // on the weights of 16-bit values: kWeightFactor, or 1
-                     // where bf16 is among them and might overflow
+  float row_factor;  // on the weights of 16-bit values: kWeightFactor, or 1 where bf16 is among them and might overflow
   uint32_t bias;     // kBias
-  float* partials;   // rows of partial_floats(): [2 blocks or (B, tile,
-                     // split)][block_rows], then `whole`
+  float* partials;   // rows of partial_floats(): [2 blocks or (B, tile, split)][block_rows], then `whole`
 };
 
 struct Params : AttentionParams {
@@ -84,8 +68,7 @@ struct State {
   float m, l;  // running maximum in units of log 2, sum of exp2(score - m)
 };
 
-// A partial row: sums [Dv], State, and two floats that keep the next one
-// aligned.
+// A partial row: sums [Dv], State, and two floats that keep the next one aligned.
 KK_HD int64_t partial_floats(int64_t Dv) { return Dv + 4; }
 
 // ---- geometry, the same in both kernels
@@ -123,9 +106,8 @@ KK_HD int64_t num_tiles(const Layout& layout, int64_t rows) {
   return (rows + layout.block_rows - 1) / layout.block_rows;
 }
 
-// What of a node's tokens the queries of a group may see: those before `sink`,
-// and [first_token, end). Units are counted from the node's begin; the list has
-// the first sink_units of them and those from first_unit on.
+// What of a node's tokens the queries of a group may see: those before `sink`, and [first_token, end). Units are
+// counted from the node's begin; the list has the first sink_units of them and those from first_unit on.
 struct Span {
   int begin, end;
   int sink, first_token;
@@ -151,8 +133,7 @@ __device__ __forceinline__ Span span_of(const Params& p, const Node& node, int g
   return s;
 }
 
-// Fixed intervals of split_tokens that have visible units. begin(i): first unit
-// of the i-th, in the list.
+// Fixed intervals of split_tokens that have visible units. begin(i): first unit of the i-th, in the list.
 struct Splits {
   Span s;
   int64_t units_each, of_sink, first, count;
@@ -171,30 +152,44 @@ struct Splits {
   }
 };
 
-// Equal shares: block k of n has units [all k / n, all (k + 1) / n) of the
-// list.
+// Equal shares: block k of n has steps [all k / n, all (k + 1) / n) of the list, in which a unit has one step, or
+// Layout::cost of them.
 struct Shares {
   int64_t all, n;
-  __device__ Shares(const Params& p, int64_t units) : all(units) {
+  __device__ Shares(const Params& p, int64_t steps) : all(steps) {
     n = min((all + kUnitsPerBlock - 1) / kUnitsPerBlock, int64_t(p.layout.blocks));
   }
   __device__ int64_t begin(int64_t k) const { return all * k / n; }
-  __device__ int64_t block_of(int64_t unit) const { return ((unit + 1) * n - 1) / all; }
+  __device__ int64_t block_of(int64_t step) const { return ((step + 1) * n - 1) / all; }
 };
 
+__device__ __forceinline__ int64_t group_rows(const Params& p, const Node& node, int group) {
+  return node.sequences * p.Tq * group_heads(p, group);
+}
 __device__ __forceinline__ int64_t group_tiles(const Params& p, const Node& node, int group) {
-  return num_tiles(p.layout, node.sequences * p.Tq * group_heads(p, group));
+  return num_tiles(p.layout, group_rows(p, node, group));
 }
 
-// Units of the list that the node's groups before `group` have.
-__device__ __forceinline__ int64_t units_before(const Params& p, const Node& node, int group) {
-  if (p.layout.uniform) return group * group_tiles(p, node, 0) * span_of(p, node, 0).units;
-  int64_t units = 0;
-  for (int i = 0; i < group; ++i) units += group_tiles(p, node, i) * span_of(p, node, i).units;
-  return units;
+// The steps of a tile; unit(i): units that begin before the i-th.
+struct Steps {
+  int64_t cost, all;
+  __device__ Steps(const Params& p, const Node& node, int group, const Span& span) {
+    cost = group_rows(p, node, group) > p.layout.tile_rows ? p.layout.cost : 1;
+    all = span.units * cost;
+  }
+  __device__ int64_t unit(int64_t step) const { return (step + cost - 1) / cost; }
+};
+
+// Steps of the list that the node's groups before `group` have.
+__device__ __forceinline__ int64_t steps_before(const Params& p, const Node& node, int group) {
+  const auto of_group = [&](int g) { return group_tiles(p, node, g) * Steps(p, node, g, span_of(p, node, g)).all; };
+  if (p.layout.uniform) return group * of_group(0);
+  int64_t steps = 0;
+  for (int g = 0; g < group; ++g) steps += of_group(g);
+  return steps;
 }
-__device__ __forceinline__ int64_t node_units(const Params& p, int64_t n) {
-  return units_before(p, node_at(p, n), static_cast<int>(p.Hkv));
+__device__ __forceinline__ int64_t node_steps(const Params& p, int64_t n) {
+  return steps_before(p, node_at(p, n), static_cast<int>(p.Hkv));
 }
 
 __device__ __forceinline__ int64_t warp_sum(int64_t x) {
@@ -214,31 +209,31 @@ __device__ __forceinline__ int64_t block_sum(int64_t x) {
   return x;
 }
 
-// Units of the nodes before n and of all.
-struct UnitCount {
+// Steps of the nodes before n and of all.
+struct StepCount {
   int64_t before, all;
 };
-__device__ __forceinline__ UnitCount count_units(const Params& p, int64_t n) {
+__device__ __forceinline__ StepCount count_steps(const Params& p, int64_t n) {
   int64_t before = 0, all = 0;
   for (int64_t i = threadIdx.x; i < num_nodes(p); i += blockDim.x) {
-    const int64_t units = node_units(p, i);
-    all += units;
-    before += i < n ? units : 0;
+    const int64_t steps = node_steps(p, i);
+    all += steps;
+    before += i < n ? steps : 0;
   }
   return {block_sum(before), block_sum(all)};
 }
 
-// The node that holds `unit` of the list, and the number of units before it.
+// The node that holds `step` of the list, and the number of steps before it.
 struct Place {
   int64_t node, before;
 };
-__device__ __forceinline__ Place find_unit(const Params& p, int64_t unit) {
+__device__ __forceinline__ Place find_step(const Params& p, int64_t step) {
   KK_SHARED(Place, found, [1]);
   int64_t before = 0;
   for (int64_t first = 0;; first += blockDim.x) {
-    const int64_t node = first + threadIdx.x, n = node < num_nodes(p) ? node_units(p, node) : 0;
+    const int64_t node = first + threadIdx.x, n = node < num_nodes(p) ? node_steps(p, node) : 0;
     const int64_t all = block_sum(n);
-    if (unit >= before + all) {
+    if (step >= before + all) {
       before += all;
       continue;
     }
@@ -255,7 +250,7 @@ __device__ __forceinline__ Place find_unit(const Params& p, int64_t unit) {
       if (static_cast<int>(threadIdx.x % 32) >= h) up_to += x;
     }
     before += up_to - n;
-    if (before <= unit && unit < before + n) found[0] = {node, before};
+    if (before <= step && step < before + n) found[0] = {node, before};
     __syncthreads();
     return found[0];
   }
@@ -270,20 +265,17 @@ struct Segment {
   int table;       // the sequence whose page-table row is read
   int first_row;   // of the tile, in the node's group
   int rows;        // of the tile
-  bool own_rows;   // each warp has its own rows of the tile and goes through all
-                   // units; else the warps share the units
+  bool own_rows;   // each warp has its own rows of the tile and goes through all units; else the warps share the units
   int begin, end;  // units
   int64_t cut;     // >= 0: a part; its first partial row
   int level;       // whole, with a plan: of the node
   bool alone;      // whole: its sequence has no other node, results go to out and lse
 };
 
-// A block's way through its share. One thread walks, in shared memory: it would
-// take 20 registers of every thread.
+// A block's way through its share. One thread walks, in shared memory: it would take 20 registers of every thread.
 struct Walk {
-  int64_t at, begin, end;  // units of the list; with split_tokens (sequence, row
-                           // tile, interval) in steps of the grid
-  int64_t node, before;    // units before (node, group)
+  int64_t at, begin, end;  // steps of the list; with split_tokens (sequence, row tile, interval), a grid apart
+  int64_t node, before;    // steps before (node, group)
   int group;
 };
 
@@ -296,7 +288,7 @@ __device__ __forceinline__ Segment make_segment(const Params& p, int64_t n, cons
   s.k_head = group / static_cast<int>(p.k_share);
   s.v_head = group / static_cast<int>(p.v_share);
   s.table = sequence_at(p, node.first);
-  const int64_t rows = node.sequences * p.Tq * group_heads(p, group);
+  const int64_t rows = group_rows(p, node, group);
   s.own_rows = rows > p.layout.tile_rows;
   s.first_row = static_cast<int>(tile * p.layout.block_rows);
   s.rows = static_cast<int>(min(rows - s.first_row, int64_t(p.layout.block_rows)));
@@ -331,8 +323,7 @@ __device__ __forceinline__ Segment next_segment(const Params& p, Walk& walk) {
       }
       const Span span = span_of(p, node, group);
       const Splits s(p, span);
-      if (split >= s.count) {  // behind the last interval: on to the next
-                               // sequence or tile that is ours
+      if (split >= s.count) {  // behind the last interval: on to the next sequence or tile that is ours
         walk.at = at + (splits - split + gridDim.x - 1) / gridDim.x * gridDim.x;
         continue;
       }
@@ -346,19 +337,22 @@ __device__ __forceinline__ Segment next_segment(const Params& p, Walk& walk) {
     }
     const Node node = node_at(p, walk.node);
     const Span span = span_of(p, node, walk.group);
-    const int64_t units = group_tiles(p, node, walk.group) * span.units, in_group = at - walk.before;
-    if (in_group >= units) {
-      int step = 1;
+    const Steps steps(p, node, walk.group, span);
+    const int64_t of_group = group_tiles(p, node, walk.group) * steps.all, in_group = at - walk.before;
+    if (in_group >= of_group) {
+      int n = 1;
       if (p.layout.uniform)
-        step = units ? static_cast<int>(min(in_group / units, int64_t(groups - walk.group))) : groups - walk.group;
-      walk.group += step;
-      walk.before += step * units;
+        n = of_group ? static_cast<int>(min(in_group / of_group, int64_t(groups - walk.group))) : groups - walk.group;
+      walk.group += n;
+      walk.before += n * of_group;
       continue;
     }
-    const int64_t first = in_group % span.units, count = min(span.units - first, walk.end - at);
-    walk.at += count;
-    return make_segment(p, walk.node, node, span, walk.group, in_group / span.units, first, count,
-                        2 * blockIdx.x + (at > walk.begin));
+    const int64_t in_tile = in_group % steps.all, end = min(steps.all, in_tile + walk.end - at);
+    const int64_t first = steps.unit(in_tile), count = steps.unit(end) - first;
+    walk.at += end - in_tile;
+    if (count > 0)
+      return make_segment(p, walk.node, node, span, walk.group, in_group / steps.all, first, count,
+                          2 * blockIdx.x + (at > walk.begin));
   }
   return {};
 }

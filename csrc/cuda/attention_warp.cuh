@@ -1,24 +1,18 @@
-// What one warp of attention_kernel does in a segment: it loads units, scores
-// them, and sums over V.
+// What one warp of attention_kernel does in a segment: it loads units, scores them, and sums over V.
 //
-// Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that
-// a group of 1 to 8 heads wastes half as much as with the roles exchanged:
-//   S^T [16 tokens x 8 rows] = K [16 x D] Q^T        O^T [D x 8 rows] += V^T [D
-//   x 16 tokens] P^T
-// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: lanes that read
-// tokens 0 2 4 6 of 32 bytes would meet in the same banks of shared memory,
-// those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
+// Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that a group of 1 to 8 heads wastes half as
+// much as with the roles exchanged:
+//   S^T [16 tokens x 8 rows] = K [16 x D] Q^T        O^T [D x 8 rows] += V^T [D x 16 tokens] P^T
+// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: lanes that read tokens 0 2 4 6 of 32 bytes would meet in
+// the same banks of shared memory, those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
 //
-// Scales stay out of the products: those of K go on the scores, those of V on
-// the weights, which become fp16 with a power of two common to the warp. Packed
-// formats sum in the rotated basis; sums of different bases are brought to the
+// Scales stay out of the products: those of K go on the scores, those of V on the weights, which become fp16 with a
+// power of two common to the warp. Packed formats sum in the rotated basis; sums of different bases are brought to the
 // plain one when a warp goes from one to another, and at the end.
 //
-// Warps that share the units of a segment go their own ways. Where each has
-// rows of its own (`Shared`, Segment::own_rows) every warp still loads only its
-// units, but all of them use what all have loaded: the stages come from L2 once
-// for the rows of a block, and a barrier in every step keeps the warps
-// together.
+// Warps that share the units of a segment go their own ways. Where each has rows of its own (`Shared`,
+// Segment::own_rows) every warp still loads only its units, but all of them use what all have loaded: the stages come
+// from L2 once for the rows of a block, and a barrier in every step keeps the warps together.
 #pragma once
 #include "cuda/attention_schedule.cuh"
 #include "cuda/codes.cuh"
@@ -28,13 +22,12 @@
 namespace kk::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
-// The running maximum before a score was seen. Finite, so that a difference of
-// two is never NaN; a row whose scores are all masked keeps it and has l = 0.
+// The running maximum before a score was seen. Finite, so that a difference of two is never NaN; a row whose scores are
+// all masked keeps it and has l = 0.
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kNoFactor = 1099511627776.0f;  // 2^40: the first scale above 0 exceeds what this allows
 constexpr uint32_t kQuarters = twice(0x3400);  // fp16 (0.25, 0.25)
-constexpr float kWeightFactor = 32768.0f;      // on weights in fp16, which are at
-                                               // most 1: small ones keep their bits
+constexpr float kWeightFactor = 32768.0f;      // on weights in fp16, which are at most 1: small ones keep their bits
 
 // What sums over V are in: order of channels and basis.
 enum Basis : int { kNoBasis, kRowBasis, kRotatedBasis, kPlainBasis };
@@ -90,6 +83,7 @@ struct Tokens {
 template <int D, int NT, bool Packed, bool Shared>
 struct Warp {
   using T = Tile<D, NT>;
+  static constexpr bool kKeepQueries = Shared && !Packed && D <= 128;  // in registers; more would spill
 
   const Params& p;
   const Segment& seg;
@@ -102,6 +96,8 @@ struct Warp {
   int lane, g, c;
   const uint32_t bias;  // kBias
 
+  uint32_t kept_queries[kKeepQueries ? T::kStepPairs : 1][NT][2][2];
+  int kept;                          // kind of these
   float acc[T::kValueSteps][NT][4];  // (two channels, rows 8 nt + 2 c and + 1)
   float m[NT][2], l[NT][2];          // l: of this lane's tokens only
   float q_scale[NT][2];
@@ -143,6 +139,7 @@ struct Warp {
         l[nt][i] = 0.0f;
         q_scale[nt][i] = rows[8 * nt + 2 * c + i].q_scale;
       }
+    kept = kQueryKinds;
     v_factor = kNoFactor;
     basis = kNoBasis;
     sums_used = false;
@@ -167,8 +164,7 @@ struct Warp {
       if (step >= 0) {
         wait_oldest();
         if (Packed) clear_unseen(stage);
-        // everybody's copies have landed, and everybody has left the stage that
-        // is filled now
+        // everybody's copies have landed, and everybody has left the stage that is filled now
         if (own_rows)
           __syncthreads();
         else
@@ -235,9 +231,8 @@ struct Warp {
 
   __device__ int32_t table_entry(int u) const {
     if (u >= end) return 0;
-    // Of token lane % 16 where a page has no whole units (16 consecutive tokens
-    // then); entries of tokens that are not visible are not looked at, but that
-    // of one of the unit which is.
+    // Of token lane % 16 where a page has no whole units (16 consecutive tokens then); entries of tokens that are not
+    // visible are not looked at, but that of one of the unit which is.
     int token = min(first_token_of(u) + lane % 16, len - 1);
     if (!visible(token)) token = u < seg.span.sink_units ? seg.span.sink - 1 : seg.span.first_token;
     return p.page_table[seg.table * p.table_stride + page_of(token)];
@@ -268,8 +263,7 @@ struct Warp {
     next_array(arrays.array[2], small);
   }
 
-  // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where
-  // there is none: zeros, as 0 * NaN is NaN.
+  // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, as 0 * NaN is NaN.
   template <int Channels>
   __device__ void copy_rows(uint8_t* to, const uint8_t* row) const {
     constexpr int pieces = Channels / 8;
@@ -284,8 +278,7 @@ struct Warp {
     }
   }
 
-  // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit.
-  // One commit group per call.
+  // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit. One commit group per call.
   __device__ void issue(int stage) {
     uint8_t* to = stages + stage * p.layout.stage_bytes;
     if (unit < end) {
@@ -332,9 +325,8 @@ struct Warp {
       ptx::cp_async_wait<2>();
   }
 
-  // Numbers of tokens that nobody sees may be anything; as scales and zero
-  // points of V they become 0, which whoever loaded them does before others
-  // come.
+  // Numbers of tokens that nobody sees may be anything; as scales and zero points of V they become 0, which whoever
+  // loaded them does before others come.
   __device__ void clear_unseen(uint8_t* stage) const {
     const int2 header = *reinterpret_cast<const int2*>(stage);
     if (Shared && header.y < 0) return;
@@ -361,14 +353,12 @@ struct Warp {
     return __half2float(reinterpret_cast<const __half*>(p)[i]);
   }
 
-  // Scores of tile i as the mma leaves them: (token g, rows 2 c and 2 c + 1),
-  // (token g + 8, the same). They wait in shared memory between K and V, so
-  // that either side goes through all tiles of a stage at a time. Each lane has
-  // its own.
+  // Scores of tile i as the mma leaves them: (token g, rows 2 c and 2 c + 1), (token g + 8, the same). They wait in
+  // shared memory between K and V, so that either side goes through all tiles of a stage at a time. Each lane has its
+  // own.
   __device__ float4* scores_of(int i, int nt) const { return tile_scores + (i * NT + nt) * 32 + lane; }
 
-  // Products with scaled queries -> scores, in units of log 2; top: the largest
-  // of this lane.
+  // Products with scaled queries -> scores, in units of log 2; top: the largest of this lane.
   __device__ void keep_scores(int i, const float (&x)[NT][4], const float (&add)[NT][2], float (&top)[NT][2]) const {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
@@ -381,8 +371,7 @@ struct Warp {
     }
   }
 
-  // What most calls do not need: softcap, ALiBi, tokens that some row does not
-  // see.
+  // What most calls do not need: softcap, ALiBi, tokens that some row does not see.
   __device__ void finish_scores(const Tokens& t, float (&top)[NT][2]) const {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) top[nt][0] = top[nt][1] = kLowest;
@@ -417,7 +406,7 @@ struct Warp {
       ptx::mma_m16n8k16_f16(d, a, b, d);
   }
 
-  __device__ void scores(Format format, const Tokens& t, float (&top)[NT][2]) const {
+  __device__ void scores(Format format, const Tokens& t, float (&top)[NT][2]) {
     const bool rotated = Packed && !is_rows(format) && format != Format::kivi2;
     float add[NT][2];
 #pragma unroll
@@ -453,16 +442,32 @@ struct Warp {
     q[0][0] = w.x, q[0][1] = w.y, q[1][0] = w.z, q[1][1] = w.w;
   }
 
+  // Where warps have rows of their own, shared memory is what they wait for, and a third of it would be queries.
+  __device__ void keep_queries(Queries kind) {
+    if (kept == kind) return;
+    kept = kind;
+#pragma unroll
+    for (int n = 0; n < T::kStepPairs; ++n)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) load_queries(kind, nt, n, kept_queries[n][nt]);
+  }
+
   template <bool Bf16>
-  __device__ void row_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
+  __device__ void row_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) {
     // matrices 0 1: tokens 0-7 and 8-15 of channels 0-7; 2 3: of channels 8-15
     const uint32_t at = ptx::smem_u32(t.k) + (token_of(lane % 8) + (lane & 8)) * T::kPitch + (lane >> 4) * 16;
+    constexpr Queries kind = Bf16 ? kQueriesBf16 : kQueriesF16;
+    if constexpr (kKeepQueries) keep_queries(kind);
     float x[NT][4] = {};
 #pragma unroll
     for (int n = 0; n < T::kStepPairs; ++n) {
       uint32_t q[NT][2][2];
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) load_queries(Bf16 ? kQueriesBf16 : kQueriesF16, nt, n, q[nt]);
+      for (int nt = 0; nt < NT; ++nt)
+        if constexpr (kKeepQueries)
+          memcpy(q[nt], kept_queries[n][nt], sizeof(q[nt]));
+        else
+          load_queries(kind, nt, n, q[nt]);
 #pragma unroll
       for (int i = 0; i < 2 && 2 * n + i < T::kSteps; ++i) {
         uint32_t a[4];
@@ -474,8 +479,7 @@ struct Warp {
     keep_scores(0, x, add, top);
   }
 
-  // 64 channels, four steps: operands of this lane's two tokens as unpack()
-  // leaves them.
+  // 64 channels, four steps: operands of this lane's two tokens as unpack() leaves them.
   __device__ void channel_scores(Queries kind, int first_step, const uint32_t (&a)[8], const uint32_t (&b)[8],
                                  float (&x)[NT][4]) const {
 #pragma unroll
@@ -490,8 +494,7 @@ struct Warp {
     }
   }
 
-  // Lane c reads the c-th quarter of each scale group's channels, of tokens g
-  // and g + 8.
+  // Lane c reads the c-th quarter of each scale group's channels, of tokens g and g + 8.
   template <int B>
   __device__ void code_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
     constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
@@ -534,8 +537,7 @@ struct Warp {
     }
   }
 
-  // On a quarter of every key, because zero + 3 scale may exceed what fp16
-  // holds.
+  // On a quarter of every key, because zero + 3 scale may exceed what fp16 holds.
   __device__ void kivi2_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
     constexpr int bytes = T::kGroup / 16;
     const uint8_t* scales = t.k + t.count * (D / 4);
@@ -683,8 +685,7 @@ struct Warp {
     }
   }
 
-  // 8 channels, four steps: of tokens 2 c and 2 c + 1, and of the tokens 8
-  // further on.
+  // 8 channels, four steps: of tokens 2 c and 2 c + 1, and of the tokens 8 further on.
   __device__ void channel_values(int first_step, const uint32_t (&lo)[8], const uint32_t (&hi)[8],
                                  const uint32_t (&b)[NT][2]) {
 #pragma unroll
@@ -698,9 +699,8 @@ struct Warp {
   // Token i = 0 ... 3 of this lane in the B operands' order.
   __device__ int value_token(int i) const { return token_of(2 * c + i % 2) + i / 2 * 8; }
 
-  // fp16 holds weight * scale * v_factor: that keeps the largest scale so far
-  // between 2^14 and 2^15, so that nothing overflows and what is down to 2^-28
-  // of it keeps all its bits.
+  // fp16 holds weight * scale * v_factor: that keeps the largest scale so far between 2^14 and 2^15, so that nothing
+  // overflows and what is down to 2^-28 of it keeps all its bits.
   __device__ void raise_factor(const Tokens& t, Format format) {
     const int bits = code_bits(format);
     const uint8_t* scales = t.v + t.count * (D * bits / 8);
@@ -722,8 +722,7 @@ struct Warp {
     v_factor = factor;
   }
 
-  // Lane g reads the g-th eighth of each scale group's channels, of its four
-  // tokens.
+  // Lane g reads the g-th eighth of each scale group's channels, of its four tokens.
   template <int B>
   __device__ void code_values(const Tokens& t) {
     constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
@@ -841,9 +840,8 @@ struct Warp {
     return step / steps * T::kGroup + g * (T::kGroup / 8) + 2 * (step % steps) + which;
   }
 
-  // acc is added to `sums` and cleared; m and l go to `state`. Sums of
-  // different bases meet in the plain one: what is there is rotated before
-  // rotated sums are added, and all of it back.
+  // acc is added to `sums` and cleared; m and l go to `state`. Sums of different bases meet in the plain one: what is
+  // there is rotated before rotated sums are added, and all of it back.
   __device__ void flush() {
     const bool rotate = Packed && basis == kRotatedBasis && p.layout.mixed_basis;
     if (rotate && sums_used) rotate_sums();
@@ -883,8 +881,7 @@ struct Warp {
   }
 };
 
-// q of the segment's rows into B operands of every kind that the pools need,
-// and what the rows have of their own.
+// q of the segment's rows into B operands of every kind that the pools need, and what the rows have of their own.
 template <int D, int NT, bool Packed, bool Shared>
 __device__ __forceinline__ void make_queries(const Params& p, const Segment& seg, uint8_t* smem, Row* rows) {
   using T = Tile<D, NT>;
@@ -924,8 +921,7 @@ __device__ __forceinline__ void make_queries(const Params& p, const Segment& seg
       q_mu = fold_lanes(q_mu, T::kRowLanes, [](float a, float b) { return a + b; });
     }
     top = fold_lanes(top, T::kRowLanes, [](float a, float b) { return fmaxf(a, b); });
-    // The largest becomes 2^7 ... 2^8: far from fp16's end, and what is down to
-    // 2^-21 of it keeps all its bits.
+    // The largest becomes 2^7 ... 2^8: far from fp16's end, and what is down to 2^-21 of it keeps all its bits.
     const int exponent = max(static_cast<int>(float_bits(top) >> 23) - 127, -100);
     const float up = bits_float(static_cast<uint32_t>(127 + 7 - exponent) << 23);
     const float down = bits_float(static_cast<uint32_t>(127 - 7 + exponent) << 23);
@@ -948,8 +944,7 @@ __device__ __forceinline__ void make_queries(const Params& p, const Segment& seg
           *word(kQueriesBf16, octet / 2, octet % 2, c) = pack_bf16(x[o][2 * c], x[o][2 * c + 1]);
       }
       if constexpr (Packed) {
-        // group of channels, quarter c of it, 16 channels n of that, channels
-        // 0-7 or 8-15
+        // group of channels, quarter c of it, 16 channels n of that, channels 0-7 or 8-15
         constexpr int octets = T::kGroup / 8;
         const int group = octet / octets, in_group = octet % octets, c = in_group / (octets / 4);
         const int n = in_group % (octets / 4) / 2, high = octet % 2;
