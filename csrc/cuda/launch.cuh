@@ -48,7 +48,7 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, voi
   (void)stream;
   simt::launch(kernel, grid, block, smem, std::forward<A>(args)...);
 #else
-  // Above 48 KiB, with the static shared memory (of up to 1 KiB), a kernel must be told. It is told all that the
+  // Above 48 KiB, with the static shared memory (of up to 4 KiB), a kernel must be told. It is told all that the
   // device has: threads that launch one kernel with different sizes then do not take from each other.
   if (smem > 40 * 1024) {
     cudaFuncAttributes now;
