@@ -1,5 +1,6 @@
 """Laws that hold for any sizes, with sizes drawn by hypothesis."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kvkernels as kk
-from kvkernels.ops import OPS
+from kvkernels.ops import OPS, plan_prefix
 
 EXAMPLES = 80 if CPU else 6 if SIMT else 40
 settings.register_profile(
@@ -50,9 +51,43 @@ def attention_cases(draw: st.DrawFn, names: list[str] = PAIRS, Tq: int = 16) -> 
         ("sinks", st.just(True)),
         ("alibi", st.sampled_from((1, 2))),
         ("split_tokens", st.integers(1, 12).map(lambda n: 16 * n)),
+        ("tree", st.just(True)),
+        ("extra", st.sampled_from(("own", "shared"))),
+        ("head_map", st.tuples(*[st.integers(0, heads - 1)] * (heads * group))),
+        ("head_windows", st.tuples(*[st.tuples(st.integers(0, 80), st.integers(-1, 150))] * heads)),
     ):
         if draw(st.integers(0, 3)) == 0:
             case[name] = draw(values)
+    if "head_windows" in case:
+        case.pop("window", None)
+    return case
+
+
+@st.composite
+def decode_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """The same for two caches: unequal numbers of heads, layouts, values within keys."""
+    case = draw(attention_cases(names=["bf16"]))
+    k, v = draw(st.sampled_from(("bf16", "f16"))), draw(st.sampled_from(("bf16", "f16")))
+    case.update(Hk=case["Hkv"], Hv=case["Hkv"], cache=f"{k}/{v} {draw(st.sampled_from(('NHD', 'HND')))}")
+    if draw(st.integers(0, 4)) == 0:
+        case.update(D=576, cache=f"{k} {draw(st.sampled_from(('NHD', 'MLA')))}")
+    elif draw(st.booleans()) and not {"extra", "head_map", "head_windows"} & set(case):
+        case.update(Hk=draw(st.integers(1, 4)), Hv=draw(st.integers(1, 4)))
+        case["Hq"] = math.lcm(case["Hk"], case["Hv"]) * draw(st.integers(1, 4))
+    return case
+
+
+@st.composite
+def prefix_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """The same for sequences that share pages, in all ways that plan_prefix.random_batch() knows."""
+    case = draw(attention_cases())
+    for option in ("window", "head_windows", "split_tokens"):  # not together with a plan
+        case.pop(option, None)
+    case["page_size"] = min(case["page_size"], 48)
+    case.update(drafts=case.pop("tree", None), tree=draw(st.sampled_from(plan_prefix.TREES)))
+    case.update(
+        B=draw(st.integers(0, 12)), pages=draw(st.integers(2, 9)), least=draw(st.sampled_from((0, 0, 40, None)))
+    )
     return case
 
 
@@ -69,6 +104,41 @@ def test_attention_is_the_reference(case: dict[str, Any], seed: int, n: int) -> 
         # A sequence of one token has one score, which plain PyTorch may hit by luck: allow the rounding of its terms,
         # q.mu among them, which are ten times the score.
         assert_as_good_as(got[i], plain[i], exact[i], ("out", "lse")[i], tiny=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flash_decode", "prefix_attention"])
+@given(data=st.data(), seed=st.integers(0, 1000), n=st.sampled_from((1, 2)))
+def test_attention_on_caches_and_shared_pages_is_the_reference(
+    name: str, data: st.DataObject, seed: int, n: int
+) -> None:
+    op, case = OPS[name], data.draw(decode_cases() if name == "flash_decode" else prefix_cases())
+    args, options = op.make(case, seed)
+    torch.set_num_threads(n)
+    got = getattr(kk, name)(*args, **options)
+    torch.set_num_threads(1)
+    exact = op.reference(*args, **options)
+    plain = op.reference(*args, **options, dtype=got[0].dtype)
+    for i in (0, 1):
+        assert_as_good_as(got[i], plain[i], exact[i], ("out", "lse")[i], tiny=1e-5)
+
+
+@given(
+    tree=st.sampled_from(plan_prefix.TREES),
+    B=st.integers(0, 70),
+    pages=st.integers(1, 40),
+    page_size=st.sampled_from((1, 3, 16)),
+    num_queries=st.integers(1, 16),
+    min_tokens=st.sampled_from((0, 1, 7, 64)),
+    seed=st.integers(0, 1000),
+)
+def test_a_plan_is_the_definition(
+    tree: str, B: int, pages: int, page_size: int, num_queries: int, min_tokens: int, seed: int
+) -> None:
+    case = {"tree": tree, "B": B, "pages": pages, "page_size": page_size, "num_queries": num_queries,
+            "min_tokens": min_tokens, "seed": 0}  # fmt: skip
+    args, options = OPS["plan_prefix"].make(case, seed)
+    for got, want in zip(kk.plan_prefix(*args, **options), OPS["plan_prefix"].reference(*args, **options)):
+        assert torch.equal(got, want)
 
 
 @given(case=attention_cases(), seed=st.integers(0, 1000))
@@ -88,7 +158,7 @@ def test_sixteen_bit_queries_cost_the_rounding_of_the_result(case: dict[str, Any
 @given(case=attention_cases(Tq=1), cut=st.integers(0, 400), seed=st.integers(0, 1000))
 def test_any_cut_merges_to_the_whole(case: dict[str, Any], cut: int, seed: int) -> None:
     """Attention over the first pages and over the rest, merged, is attention over all."""
-    for option in ("window", "alibi", "sinks"):  # these look at the sequence as a whole
+    for option in ("window", "alibi", "sinks", "extra", "head_windows"):  # these look at the sequence as a whole
         case.pop(option, None)
     case["dtype"] = "float32"
     (q, kv, table, lens), options = attention.make(case, seed)

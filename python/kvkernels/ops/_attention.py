@@ -194,7 +194,8 @@ def random_options(case: dict[str, Any], groups: int, D: int, v_dim: int, gen: t
         slopes = 2.0 ** -torch.arange(1.0, Hq + 1)
         options["alibi_slopes"] = slopes if case["alibi"] == 1 else slopes + torch.rand(B, 1, generator=gen)
     if case.get("tree"):
-        options["tree_mask"] = torch.tensor([random_tree(case["Tq"], gen) for _ in range(B)], dtype=torch.int32)
+        trees = [random_tree(case["Tq"], gen) for _ in range(B)]
+        options["tree_mask"] = torch.tensor(trees, dtype=torch.int32).view(B, case["Tq"])
     if "head_windows" in case:
         options["head_windows"] = torch.tensor(case["head_windows"], dtype=torch.int32)
     if "extra" in case:
