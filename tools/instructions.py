@@ -1,8 +1,8 @@
-"""Instructions of the quant_attention kernel per element of K and V, counted in its machine code, as a page.
+"""Instructions of the attention kernel per element of K and V, counted in its machine code, as a page.
 
     python tools/instructions.py [--arch 90a] [--write FILE]
 
-Needs nvcc and nvdisasm (on PATH, or from PyPI: nvidia-cuda-nvdisasm); no GPU. Compiles for a minute.
+Needs nvcc and nvdisasm (on PATH, or from PyPI: nvidia-cuda-nvdisasm); no GPU. Compiles for some minutes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL = "attention_kernelILi128ELi1ELb1E"  # D 128, up to 8 query rows, packed formats
+KERNEL = "attention_kernelILi128ELi1ELb1ELb0E"  # D 128, up to 8 query rows, packed formats
 TOKENS, CHANNELS, LANES = 16, 128, 32
 UNPACK = ("LOP3", "HFMA2", "PRMT", "SHF")
 BITS = {"u8": 8.125, "u4": 4.125, "u3": 3.125, "u2": 2.125, "kivi2": 2.75}
@@ -47,10 +47,10 @@ def disassemble(arch: str) -> str:
         "kvkernels: nvcc not found (tools/cuda_toolkit.py says where it is looked for)"
     )
     with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/quant_attention.cubin"
+        cubin = f"{folder}/attention.cubin"
         target = f"arch=compute_{arch},code=sm_{arch}"
         include = ("-I", str(ROOT / "include"), "-I", str(ROOT / "csrc"), "-DKK_ISA=device")
-        source = str(ROOT / "csrc" / "cuda" / "quant_attention.cu")
+        source = str(ROOT / "csrc" / "cuda" / "attention.cu")
         subprocess.run(
             [compiler, "-std=c++17", "-O3", *include, "-gencode", target, "-cubin", "-o", cubin, source], check=True
         )

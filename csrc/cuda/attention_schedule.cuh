@@ -39,7 +39,7 @@ struct Layout {
   bool uniform;    // groups of a node have the same rows and the same visible tokens
   int tile_rows;   // rows of a warp. A group with no more of them is one tile, whose units the warps share;
   int block_rows;  // a larger one has tiles of so many, and the warps go through all units, each for its own rows
-  int cost;        // steps of a unit whose block gives each warp its own rows; of others 1
+  int cost;        // steps of a unit, at most: one per warp that has rows, or 1
   int unit;        // tokens; divides page_size and split_tokens, or is 16
   int64_t tiles;   // row tiles of a sequence
   int64_t splits;  // of a sequence, at most; 0: equal shares
@@ -152,8 +152,7 @@ struct Splits {
   }
 };
 
-// Equal shares: block k of n has steps [all k / n, all (k + 1) / n) of the list, in which a unit has one step, or
-// Layout::cost of them.
+// Equal shares: block k of n has steps [all k / n, all (k + 1) / n) of the list, in which a unit has one or several.
 struct Shares {
   int64_t all, n;
   __device__ Shares(const Params& p, int64_t steps) : all(steps) {
@@ -174,7 +173,8 @@ __device__ __forceinline__ int64_t group_tiles(const Params& p, const Node& node
 struct Steps {
   int64_t cost, all;
   __device__ Steps(const Params& p, const Node& node, int group, const Span& span) {
-    cost = group_rows(p, node, group) > p.layout.tile_rows ? p.layout.cost : 1;
+    const int64_t warps = (group_rows(p, node, group) + p.layout.tile_rows - 1) / p.layout.tile_rows;  // with own rows
+    cost = min(warps, int64_t(p.layout.cost));
     all = span.units * cost;
   }
   __device__ int64_t unit(int64_t step) const { return (step + cost - 1) / cost; }
