@@ -2,15 +2,12 @@
 // turn into floats in one or two instructions. K and V are read once for a block of query rows.
 #pragma once
 #include "cpu/ahead.h"
+#include "cpu/chunk.h"
+#include "cpu/many_rows.h"
 #include "cpu/simd.h"
 #include "kvkernels/core/one_of.h"
 
 KK_BEGIN
-
-constexpr int kChunk = 128;  // most tokens between two softmax updates: packed formats, whose chunk is 8 KB at 2 bits
-constexpr int kRowChunk =
-    64;  // formats read as rows: a chunk of 16-bit K or V is 16 KB, and the next one is on its way too
-constexpr int kTile = 16;  // packed formats are read by tiles; pages of them are multiples of it
 
 // load(c, i): the F::W channels from i of token c.
 struct LoadBf16 {
@@ -95,8 +92,6 @@ inline void row_scores(const Load& load, int n, const float* q, int64_t ldq, int
 #if defined(__AVX512F__)
 // The same for bf16 keys and bf16 queries with the instruction made for it: products in pairs, summed in fp32. No object is
 // compiled for processors that have it; being one instruction, it stands here by name, and callers ask has_avx512bf16().
-inline void dot_bf16(__m512& sum, __m512i x, __m512i y) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); }
-
 // Sixteen sums a step: R rows times 16 / R tokens. Loops over registers are unrolled and the function is kept apart: inside
 // a larger one the compiler makes arrays in memory of them, which costs half the speed.
 template <int R, int64_t N>
@@ -153,6 +148,7 @@ template <int R, int64_t N>
 template <int64_t N>
 inline void bf16_scores(const LoadBf16& load, int n, const uint16_t* q, float scale, int rows, float* s, Ahead& ahead,
                         int sixteenths) {
+  if (rows >= kManyRows && n > kRowChunk / 2) return many_scores<N>(load.rows, q, scale, rows, s, ahead, sixteenths);
   const int lines = ahead.share(sixteenths, (rows / 4 + rows / 2 % 2 + rows % 2) * ((n + 3) / 4));
   int r = 0;
   for (; r + 4 <= rows; r += 4) bf16_scores_block<4, N>(load, n, q + r * N, scale, s + r * kChunk, ahead, lines);
@@ -205,16 +201,6 @@ inline void row_accumulate(const Load& load, int n, const float* p, int rows, fl
 }
 
 #if defined(__AVX512F__)
-// Weights to bf16, as an attention in that dtype rounds them; a word holds those of two tokens.
-inline void bf16_weights(const float* p, int n, uint32_t* words) {
-  for (int c = 0; c < n; c += 32) {
-    const __m512 low = _mm512_loadu_ps(p + c), high = _mm512_loadu_ps(p + c + 16);
-    __m512i w;
-    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(w) : "v"(high), "v"(low));
-    _mm512_storeu_si512(words + c / 2, w);
-  }
-}
-
 // Channels i to i + 32 * G (16 if HALF). Two tokens' channels are interleaved, in each 128 bits apart, and multiplied with
 // their two weights. Every loop over registers is unrolled and the function kept apart, or they would be an array in memory.
 template <int R, int G, bool HALF>
@@ -261,6 +247,7 @@ template <int R, int G, bool HALF>
 template <int64_t N>
 inline void bf16_accumulate(const LoadBf16& load, int n, const float* p, int rows, float* acc, int64_t lda,
                             Ahead& ahead, int sixteenths) {
+  if (rows >= kManyRows) return many_sums<N>(load.rows, n, p, rows, acc, lda, ahead, sixteenths);
   constexpr int64_t wide = N / 64 * 64, half = N / 32 * 32, passes = (N + 63) / 64;
   const int lines = ahead.share(sixteenths, row_blocks(rows) * passes * ((n + 3) / 4));
   const auto block = [&](auto R, int r) {
