@@ -89,7 +89,7 @@ def named(ops: Counter[str]) -> Loop:
     if pairs >= 64:
         form = "u8" if ops["PRMT"] >= 48 else "kivi2"
     else:
-        form = "u3" if ops["LOP3"] >= 60 else "u4" if ops["SHF"] >= 20 else "u2"
+        form = "u3" if ops["LOP3"] >= 60 else "u4" if ops["SHF"] >= 12 else "u2"
     side = "V" if ops["MOVM"] else "K"
     return Loop(side, form, sum(ops.values()), sum(ops[op] for op in UNPACK), ops["HMMA"])
 
