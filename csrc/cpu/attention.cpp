@@ -97,10 +97,14 @@ void run_tasks(Job& job, int thread) {
 
 // Softmax states added up in the order they come.
 struct State {
-  float m = -INFINITY, l = 0.0f;
+  float m, l;
   float sums[512];
 
-  explicit State(int64_t n) { memset(sums, 0, sizeof(float) * n); }
+  void clear(int64_t n) {
+    m = -INFINITY;
+    l = 0.0f;
+    memset(sums, 0, sizeof(float) * n);
+  }
   void add(const float* x, float top, float mass, int64_t n) {
     if (top == -INFINITY) {  // saw nothing: its mass is 0, or NaN where a score was NaN
       l += mass;
@@ -128,15 +132,19 @@ void run_merges(Job& job) {
     const GroupHeads heads = group_heads(p, g);
     const int64_t leaf = p.plan.nodes ? p.plan.leaf[b] : b;
     if (leaf >= 0 && schedule.part(leaf, g).partials < 0) continue;
-    const int64_t begin = i % blocks * kMergeRows, limit = p.Tq * heads.n;
-    for (int64_t r = begin; r < begin + kMergeRows && r < limit; ++r) {
-      State state(p.Dv);
-      for (int64_t node = leaf; node >= 0; node = p.plan.nodes ? p.plan.nodes[node].parent : -1) {
-        const Schedule::Partials x = schedule.partials(node, g, schedule.first_row(b, node, g) + r);
+    const int64_t begin = i % blocks * kMergeRows,
+                  end = begin + kMergeRows < p.Tq * heads.n ? begin + kMergeRows : p.Tq * heads.n;
+    State state[kMergeRows];
+    for (int64_t r = begin; r < end; ++r) state[r - begin].clear(p.Dv);
+    for (int64_t node = leaf; node >= 0; node = p.plan.nodes ? p.plan.nodes[node].parent : -1) {
+      const Schedule::Partials x = schedule.partials(node, b, g);
+      for (int64_t r = begin; r < end; ++r)
         for (int64_t k = 0; k < x.intervals; ++k)
-          state.add(x.sums + k * x.step, x.top[k * x.step], x.mass[k * x.step], p.Dv);
-      }
-      write_row(p, b, r / heads.n, heads[r % heads.n], g, state.sums, state.m, state.l);
+          state[r - begin].add(x.sums(r) + k * x.step, x.top(r)[k * x.step], x.mass(r)[k * x.step], p.Dv);
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      const State& s = state[r - begin];
+      write_row(p, b, r / heads.n, heads[r % heads.n], g, s.sums, s.m, s.l);
     }
   }
 }
