@@ -94,7 +94,7 @@ OPTIONS: list[tuple[Args, str]] = [
     ({"head_windows": WINDOWS, "window": (5, 0)}, "head_windows cannot go together with window"),
     ({"head_windows": WINDOWS - 9}, "head_windows[0, 0] = -5 is a negative number of sink tokens"),
     ({"head_windows": meta(WINDOWS)}, "head_windows is on meta, but q is on cpu"),
-    ({"extra": extra(k=None)}, "extra must be (k, v, bias), all three"),
+    ({"extra": EXTRA[:2]}, "extra must be (k, v, bias), got 2 tensors"),
     ({"extra": extra(k=EXTRA[0].half())}, f"extra k must be {Q_NAME} like q"),
     ({"extra": extra(k=EXTRA[0][:3])}, "extra k must be [B, Hkv, D], got [3, 2, 128]; B = 4 from q.size(0)"),
     ({"extra": extra(k=EXTRA[0][:, :1])}, "extra k must be [B, Hkv, D], got [4, 1, 128]; Hkv = 2 from"),
@@ -102,20 +102,20 @@ OPTIONS: list[tuple[Args, str]] = [
     ({"extra": extra(v=gaps(EXTRA[1]))}, "extra v must be contiguous in its last dim"),
     ({"extra": extra(bias=EXTRA[2].double())}, "extra bias must be float32, got float64"),
     ({"extra": extra(bias=EXTRA[2][0])}, "extra bias must be [B, Hkv], got [2]"),
-    ({"extra": extra(bias=meta(EXTRA[2]))}, "extra_bias is on meta, but q is on cpu"),
-    ({"extra": extra(bias=EXTRA[2].clone().requires_grad_())}, "extra_bias requires grad"),
+    ({"extra": extra(bias=meta(EXTRA[2]))}, "extra bias is on meta, but q is on cpu"),
+    ({"extra": extra(bias=EXTRA[2].clone().requires_grad_())}, "extra bias requires grad"),
     ({"head_map": (0,) * 5}, "head_map must have Hq entries, got 5; Hq = 6 from q.size(1)"),
     ({"head_map": (0, 1, 0, 2, 0, 1)}, "head_map holds 2, but there are 2 KV heads, 0 to 1"),
     ({"head_map": (0, 1, 0, -1, 0, 1)}, "head_map holds -1, but there are 2 KV heads, 0 to 1"),
     ({"head_map": (0,) * 300, "q": Q[:, :1].expand(4, 300, 128)}, "head_map takes at most 256 query heads, got Hq = 300"),
-    ({"plan": plan(order=None)}, "plan must be (nodes, order, leaf), all three"),
+    ({"plan": PLAN[:2]}, "plan must be (nodes, order, leaf), got 2 tensors"),
     ({"plan": PLAN, "window": (5, 0)}, "plan cannot go together with window"),
     ({"plan": PLAN, "head_windows": WINDOWS}, "plan cannot go together with head_windows"),
     ({"plan": PLAN, "split_tokens": 64}, "plan cannot go together with split_tokens"),
     ({"plan": plan(nodes=PLAN.nodes.long())}, "plan.nodes must be int32, got int64"),
     ({"plan": plan(nodes=PLAN.nodes[:6])}, "plan.nodes must be [2 B, 5], got [6, 5]; B = 4 from q.size(0)"),
     ({"plan": plan(order=PLAN.order[:3])}, "plan.order must be [B], got [3]; B = 4 from q.size(0)"),
-    ({"plan": plan(leaf=meta(PLAN.leaf))}, "plan_leaf is on meta, but q is on cpu"),
+    ({"plan": plan(leaf=meta(PLAN.leaf))}, "plan.leaf is on meta, but q is on cpu"),
     ({"plan": plan(order=PLAN.order * 0)}, "plan.order[1] = 0, but order holds every number below B = 4 once"),
     ({"plan": node(3, 3, 5, 0, 96, -1)}, "plan.nodes[3] = (3, 5, 0, 96, -1) is no range of sequences"),
     ({"plan": node(3, 3, 4, 5, 96, -1)}, "plan.nodes[3] = (3, 4, 5, 96, -1) is no range of tokens that begins with a page"),
@@ -555,10 +555,6 @@ def test_not_a_tensor() -> None:
         kk.quant_attention(Q, tuple(cache()), TABLE, LENS)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="flash_decode: q must be a tensor, got NoneType"):
         kk.flash_decode(None, K, V, TABLE, LENS)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match=r"quant_attention: extra must be a tuple \(k, v, bias\), got tuple"):
-        kk.quant_attention(**attention(extra=EXTRA[:2]))
-    with pytest.raises(TypeError, match="quant_attention: plan must be a Plan, got tuple"):
-        kk.quant_attention(**attention(plan=PLAN[:2]))
     with pytest.raises(TypeError, match="fwht: x must be a tensor, got float"):
         kk.fwht(1.0)  # type: ignore[arg-type]
 

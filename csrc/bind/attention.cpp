@@ -158,12 +158,13 @@ View per_sequence(Check& c, const AttentionParams& p, const char* name, const Te
 }
 
 void fill_extra(Check& c, AttentionParams& p, const Queries& q, const AttentionOptions& o) {
-  if (!o.extra_k && !o.extra_v && !o.extra_bias) return;
-  if (!o.extra_k || !o.extra_v || !o.extra_bias) c.refuse("extra must be (k, v, bias), all three");
+  if (!o.extra) return;
+  const std::vector<Tensor>& parts = *o.extra;
+  if (parts.size() != 3) c.refuse("extra must be (k, v, bias), got ", parts.size(), " tensors");
   ExtraToken& e = p.extra;
-  const View k = per_sequence(c, p, "extra k", *o.extra_k, kFloats, "B Hkv D", "1 Hkv D", &e.k_batch);
-  const View v = per_sequence(c, p, "extra v", *o.extra_v, kFloats, "B Hkv Dv", "1 Hkv Dv", &e.v_batch);
-  const View bias = per_sequence(c, p, "extra bias", *o.extra_bias, kF32, "B Hkv", "1 Hkv", &e.bias_batch);
+  const View k = per_sequence(c, p, "extra k", parts[0], kFloats, "B Hkv D", "1 Hkv D", &e.k_batch);
+  const View v = per_sequence(c, p, "extra v", parts[1], kFloats, "B Hkv Dv", "1 Hkv Dv", &e.v_batch);
+  const View bias = per_sequence(c, p, "extra bias", parts[2], kF32, "B Hkv", "1 Hkv", &e.bias_batch);
   c.same_dtype(k, q.view);
   c.same_dtype(v, q.view);
   e.k = k.data();
@@ -175,21 +176,22 @@ void fill_extra(Check& c, AttentionParams& p, const Queries& q, const AttentionO
 }
 
 void fill_plan(Check& c, AttentionParams& p, const AttentionOptions& o) {
-  if (!o.plan_nodes && !o.plan_order && !o.plan_leaf) return;
-  if (!o.plan_nodes || !o.plan_order || !o.plan_leaf) c.refuse("plan must be (nodes, order, leaf), all three");
+  if (!o.plan) return;
+  const std::vector<Tensor>& parts = *o.plan;
+  if (parts.size() != 3) c.refuse("plan must be (nodes, order, leaf), got ", parts.size(), " tensors");
   const char* other = p.window_left >= 0   ? "window"
                       : p.head_windows     ? "head_windows"
                       : p.split_tokens > 0 ? "split_tokens"
                                            : nullptr;
   if (other) c.refuse("plan cannot go together with ", other);
-  const View nodes = c.is("plan.nodes", *o.plan_nodes, kI32, "?nodes 5");
+  const View nodes = c.is("plan.nodes", parts[0], kI32, "?nodes 5");
   if (nodes.size[0] != 2 * p.B)
     c.refuse("plan.nodes must be [2 B, 5], got ", shape_text(nodes.size, 2), "; B = ", p.B, " from q.size(0)");
   c.contiguous(nodes);
   static_assert(sizeof(PlanNode) == 5 * sizeof(int32_t));
   p.plan.nodes = nodes.data<PlanNode>();
-  p.plan.order = c.is("plan.order", *o.plan_order, kI32, "B").data<int32_t>();
-  p.plan.leaf = c.is("plan.leaf", *o.plan_leaf, kI32, "B").data<int32_t>();
+  p.plan.order = c.is("plan.order", parts[1], kI32, "B").data<int32_t>();
+  p.plan.leaf = c.is("plan.leaf", parts[2], kI32, "B").data<int32_t>();
   p.plan.num_nodes = nodes.size[0];
 }
 
@@ -258,9 +260,9 @@ void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& nam
     p.tree_mask = tree.data<int32_t>();
     p.tree_stride = tree.stride[0];
   }
-  if (p.k_share != p.v_share && (o.head_windows || o.extra_k || o.head_map))
+  if (p.k_share != p.v_share && (o.head_windows || o.extra || o.head_map))
     c.refuse(o.head_windows ? "head_windows"
-             : o.extra_k    ? "extra"
+             : o.extra      ? "extra"
                             : "head_map",
              " needs as many heads of K as of V; there are ", p.Hkv / p.k_share, " and ", p.Hkv / p.v_share);
   if (o.head_windows) {

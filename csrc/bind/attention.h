@@ -23,19 +23,14 @@ struct AttentionOptions {
   int64_t split_tokens;
   const std::optional<Tensor>& tree_mask;
   const std::optional<Tensor>& head_windows;
-  const std::optional<Tensor>& extra_k;
-  const std::optional<Tensor>& extra_v;
-  const std::optional<Tensor>& extra_bias;
+  const std::optional<std::vector<Tensor>>& extra;
   const std::optional<std::vector<int64_t>>& head_map;
-  const std::optional<Tensor>& plan_nodes;
-  const std::optional<Tensor>& plan_order;
-  const std::optional<Tensor>& plan_leaf;
+  const std::optional<std::vector<Tensor>>& plan;
 };
 // Their part of a schema.
 #define KK_ATTENTION_OPTIONS                                                                                           \
   "float scale, SymInt window_left, float softcap, Tensor? sinks, Tensor? alibi_slopes, SymInt split_tokens, Tensor? " \
-  "tree_mask, Tensor? head_windows, Tensor? extra_k, Tensor? extra_v, Tensor? extra_bias, int[]? head_map, Tensor? "   \
-  "plan_nodes, Tensor? plan_order, Tensor? plan_leaf"
+  "tree_mask, Tensor? head_windows, Tensor[]? extra, int[]? head_map, Tensor[]? plan"
 
 struct Queries {
   View view;

@@ -40,6 +40,7 @@ std::string set_text(unsigned set) {
 std::string device_text(int32_t type, int32_t index) {
   if (type == aoti_torch_device_type_cpu()) return "cpu";
   if (type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(index);
+  if (type == aoti_torch_device_type_meta()) return "meta";
   return "device type " + std::to_string(type);
 }
 

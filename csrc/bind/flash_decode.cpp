@@ -16,10 +16,8 @@ void flash_decode(const Tensor& q_arg, const Tensor& k_cache, const Tensor& v_ca
                   const Tensor& seq_lens, double scale, int64_t window_left, double softcap,
                   const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi_slopes, int64_t split_tokens,
                   const std::optional<Tensor>& tree_mask, const std::optional<Tensor>& head_windows,
-                  const std::optional<Tensor>& extra_k, const std::optional<Tensor>& extra_v,
-                  const std::optional<Tensor>& extra_bias, const std::optional<std::vector<int64_t>>& head_map,
-                  const std::optional<Tensor>& plan_nodes, const std::optional<Tensor>& plan_order,
-                  const std::optional<Tensor>& plan_leaf, const Tensor& out, const std::optional<Tensor>& lse) {
+                  const std::optional<std::vector<Tensor>>& extra, const std::optional<std::vector<int64_t>>& head_map,
+                  const std::optional<std::vector<Tensor>>& plan, const Tensor& out, const std::optional<Tensor>& lse) {
   Check c("flash_decode");
   AttentionParams p{};
   const Queries q = check_queries(c, q_arg, p);
@@ -52,10 +50,10 @@ void flash_decode(const Tensor& q_arg, const Tensor& k_cache, const Tensor& v_ca
   pool.v_format = format_of(v);
   if (pool.num_pages > kPageMask + 1)
     c.refuse("k_cache has ", pool.num_pages, " blocks, but at most 2^28 are told apart");
-  attend(c, p, q, {"block_table", "k_cache"}, block_table, seq_lens,
-         {scale, window_left, softcap, sinks, alibi_slopes, split_tokens, tree_mask, head_windows, extra_k, extra_v,
-          extra_bias, head_map, plan_nodes, plan_order, plan_leaf},
-         out, lse);
+  attend(
+      c, p, q, {"block_table", "k_cache"}, block_table, seq_lens,
+      {scale, window_left, softcap, sinks, alibi_slopes, split_tokens, tree_mask, head_windows, extra, head_map, plan},
+      out, lse);
 }
 
 }  // namespace

@@ -14,10 +14,10 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
                      int64_t window_left, double softcap, const std::optional<Tensor>& sinks,
                      const std::optional<Tensor>& alibi_slopes, int64_t split_tokens,
                      const std::optional<Tensor>& tree_mask, const std::optional<Tensor>& head_windows,
-                     const std::optional<Tensor>& extra_k, const std::optional<Tensor>& extra_v,
-                     const std::optional<Tensor>& extra_bias, const std::optional<std::vector<int64_t>>& head_map,
-                     const std::optional<Tensor>& plan_nodes, const std::optional<Tensor>& plan_order,
-                     const std::optional<Tensor>& plan_leaf, const Tensor& out, const std::optional<Tensor>& lse) {
+                     const std::optional<std::vector<Tensor>>& extra,
+                     const std::optional<std::vector<int64_t>>& head_map,
+                     const std::optional<std::vector<Tensor>>& plan, const Tensor& out,
+                     const std::optional<Tensor>& lse) {
   Check c("quant_attention");
   AttentionParams p{};
   const Queries q = check_queries(c, q_arg, p);
@@ -44,10 +44,10 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
   c.bind("Dv", p.Dv, "D");
   if (!head_map) check_heads(c, q, p.Hkv, "Hkv", "pool 0");
   p.transform = make_transform(c, centre, balance);
-  attend(c, p, q, {"page_table", nullptr}, page_table, seq_lens,
-         {scale, window_left, softcap, sinks, alibi_slopes, split_tokens, tree_mask, head_windows, extra_k, extra_v,
-          extra_bias, head_map, plan_nodes, plan_order, plan_leaf},
-         out, lse);
+  attend(
+      c, p, q, {"page_table", nullptr}, page_table, seq_lens,
+      {scale, window_left, softcap, sinks, alibi_slopes, split_tokens, tree_mask, head_windows, extra, head_map, plan},
+      out, lse);
 }
 
 }  // namespace

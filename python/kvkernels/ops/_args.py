@@ -1,5 +1,6 @@
 """What the wrappers share: from a PagedKV to the flat arguments of an op, and checks that C++ cannot make."""
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from torch import Tensor
@@ -54,13 +55,11 @@ def one_pool(op: str, kv: PagedKV, pool: int, name: str = "pool") -> tuple[Tenso
     return (*tensors, code) if isinstance(tensors, tuple) else (tensors, None, code)
 
 
-NONE = (None, None, None)  # of an option of three tensors that was not given
-
-
-def three(op: str, name: str, parts: tuple[Tensor, Tensor, Tensor], rule: str) -> tuple[Tensor, Tensor, Tensor]:
-    if not isinstance(parts, tuple) or len(parts) != 3:
-        no_tensor(op, name, parts, rule)
-    return parts
+def parts(extra: Sequence[Tensor] | None, plan: Sequence[Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of these options of the attention ops, by what they are called in messages."""
+    named = dict(zip(("extra k", "extra v", "extra bias"), extra or ()))
+    named.update(zip(("plan.nodes", "plan.order", "plan.leaf"), plan or ()))
+    return named
 
 
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:

@@ -139,13 +139,12 @@ def flash_decode(
     left, right = window
     if right > 0:
         raise ValueError(f"flash_decode: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
-    extra_k, extra_v, extra_bias = (
-        _args.NONE if extra is None else _args.three("flash_decode", "extra", extra, "a tuple (k, v, bias)")
-    )
-    nodes, order, leaf = _args.NONE if plan is None else _args.three("flash_decode", "plan", plan, "a Plan")
-    if torch.is_grad_enabled():
-        _args.refuse_grad("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks, alibi_slopes=alibi_slopes,
-                          extra_k=extra_k, extra_v=extra_v, extra_bias=extra_bias, out=out)  # fmt: skip
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+        or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
+    ):  # fmt: skip
+        _args.refuse_grad("flash_decode", **_args.parts(extra, None), q=q, k_cache=k_cache, v_cache=v_cache,
+                          sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
     if out is None:
         D, Dv = MLA
         wide = q.shape[-1] == D
@@ -155,8 +154,8 @@ def flash_decode(
         scale = q.shape[-1] ** -0.5
     try:
         _op(q, k_cache, v_cache, block_table, seq_lens, scale, left, softcap, sinks, alibi_slopes,
-            0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra_k, extra_v, extra_bias,
-            head_map, nodes, order, leaf, out, lse)  # fmt: skip
+            0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra, head_map,
+            plan, out, lse)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("flash_decode", e) from None
     return out if lse is None else (out, lse)
@@ -165,13 +164,12 @@ def flash_decode(
 @torch.library.register_fake("kvkernels::flash_decode")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float,
       window_left: int, softcap: float, sinks: Tensor | None, alibi_slopes: Tensor | None, split_tokens: int,
-      tree_mask: Tensor | None, head_windows: Tensor | None, extra_k: Tensor | None, extra_v: Tensor | None,
-      extra_bias: Tensor | None, head_map: list[int] | None, plan_nodes: Tensor | None, plan_order: Tensor | None,
-      plan_leaf: Tensor | None, out: Tensor, lse: Tensor | None) -> None:  # fmt: skip
+      tree_mask: Tensor | None, head_windows: Tensor | None,
+      extra: list[Tensor] | None, head_map: list[int] | None, plan: list[Tensor] | None, out: Tensor,
+      lse: Tensor | None) -> None:  # fmt: skip
     _args.same_device("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
                       seq_lens=seq_lens, sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask,
-                      head_windows=head_windows, extra_k=extra_k, extra_v=extra_v, extra_bias=extra_bias,
-                      plan_nodes=plan_nodes, plan_order=plan_order, plan_leaf=plan_leaf, out=out, lse=lse)  # fmt: skip
+                      head_windows=head_windows, **_args.parts(extra, plan), out=out, lse=lse)  # fmt: skip
 
 
 def reference(

@@ -133,15 +133,12 @@ def quant_attention(
     left, right = window
     if right > 0:
         raise ValueError(f"quant_attention: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
-    extra_k, extra_v, extra_bias = (
-        _args.NONE if extra is None else _args.three("quant_attention", "extra", extra, "a tuple (k, v, bias)")
-    )
-    nodes, order, leaf = _args.NONE if plan is None else _args.three("quant_attention", "plan", plan, "a Plan")
     if torch.is_grad_enabled() and (
         q.requires_grad or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
     ):
-        _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, extra_k=extra_k,
-                          extra_v=extra_v, extra_bias=extra_bias, out=out)  # fmt: skip
+        _args.refuse_grad(
+            "quant_attention", **_args.parts(extra, None), q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out
+        )
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
@@ -150,8 +147,8 @@ def quant_attention(
         scale = q.shape[-1] ** -0.5
     try:
         _op(q, pools, codes, kv.page_size, page_table, seq_lens, centre, balance, scale, left, softcap, sinks,
-            alibi_slopes, 0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra_k, extra_v,
-            extra_bias, head_map, nodes, order, leaf, out, lse)  # fmt: skip
+            alibi_slopes, 0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra, head_map,
+            plan, out, lse)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("quant_attention", e) from None
     return out if lse is None else (out, lse)
@@ -161,14 +158,12 @@ def quant_attention(
 def _(q: Tensor, pools: list[Tensor], formats: list[int], page_size: int, page_table: Tensor, seq_lens: Tensor,
       centre: Tensor | None, balance: Tensor | None, scale: float, window_left: int, softcap: float,
       sinks: Tensor | None, alibi_slopes: Tensor | None, split_tokens: int, tree_mask: Tensor | None,
-      head_windows: Tensor | None, extra_k: Tensor | None, extra_v: Tensor | None, extra_bias: Tensor | None,
-      head_map: list[int] | None, plan_nodes: Tensor | None, plan_order: Tensor | None, plan_leaf: Tensor | None,
+      head_windows: Tensor | None, extra: list[Tensor] | None, head_map: list[int] | None, plan: list[Tensor] | None,
       out: Tensor, lse: Tensor | None) -> None:  # fmt: skip
     numbered = {f"pool tensor {i}": pool for i, pool in enumerate(pools)}
     _args.same_device("quant_attention", q=q, **numbered, page_table=page_table, seq_lens=seq_lens, centre=centre,
                       balance=balance, sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask,
-                      head_windows=head_windows, extra_k=extra_k, extra_v=extra_v, extra_bias=extra_bias,
-                      plan_nodes=plan_nodes, plan_order=plan_order, plan_leaf=plan_leaf, out=out, lse=lse)  # fmt: skip
+                      head_windows=head_windows, **_args.parts(extra, plan), out=out, lse=lse)  # fmt: skip
 
 
 def reference(
