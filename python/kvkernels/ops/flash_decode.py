@@ -141,10 +141,12 @@ def flash_decode(
         raise ValueError(f"flash_decode: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
     if torch.is_grad_enabled() and (
         q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-        or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
+        or sinks is not None or alibi_slopes is not None or out is not None
     ):  # fmt: skip
-        _args.refuse_grad("flash_decode", **_args.parts(extra, None), q=q, k_cache=k_cache, v_cache=v_cache,
+        _args.refuse_grad("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache,
                           sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
+    if extra is not None and torch.is_grad_enabled():
+        _args.refuse_grad("flash_decode", **_args.parts(extra, None))
     if out is None:
         D, Dv = MLA
         wide = q.shape[-1] == D

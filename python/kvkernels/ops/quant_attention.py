@@ -134,11 +134,11 @@ def quant_attention(
     if right > 0:
         raise ValueError(f"quant_attention: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
     if torch.is_grad_enabled() and (
-        q.requires_grad or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
+        q.requires_grad or sinks is not None or alibi_slopes is not None or out is not None
     ):
-        _args.refuse_grad(
-            "quant_attention", **_args.parts(extra, None), q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out
-        )
+        _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out)
+    if extra is not None and torch.is_grad_enabled():
+        _args.refuse_grad("quant_attention", **_args.parts(extra, None))
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
