@@ -195,7 +195,7 @@ struct Chain {
 // Merges the parts of what was cut and of sequences with several nodes, and writes the rows of empty sequences. Block
 // (b, y): rows y, y + gridDim.y, ... in groups that fill the block.
 template <int L, int O>
-__global__ void __launch_bounds__(32 * kMaxWarps) merge_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 4) merge_kernel(const __grid_constant__ Params p) {
   const int b = blockIdx.x;
   KK_SHARED(Chain, chain, [1]);
   if (threadIdx.x == 0) {
