@@ -15,7 +15,7 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("KVKERNELS_BUILD_DIR", ROOT / "build" / "release"))
-C_HEADERS = {"cstdint", "cstddef", "cmath", "cstring"}
+C_HEADERS = {"climits", "cstdint", "cstddef", "cmath", "cstring"}
 TORCH = re.compile(r"torch/|ATen/|c10/|aten/")
 ISAS = ("base", "avx2", "avx512", "avx512vnni")
 
@@ -49,7 +49,7 @@ def offenders(folder: str, allowed: "re.Pattern[str]") -> list[str]:
         ("csrc/cpu", r"kvkernels/|cpu/|(immintrin|cpuid)\.h$|(cstdlib|stdexcept|string)$"),
         (
             "csrc/cuda",
-            r"kvkernels/|cuda/|cuda_(fp16|bf16|runtime)\.h$|simt(_ptx)?\.h$|(algorithm|stdexcept|string|utility)$",
+            r"kvkernels/|cuda/|cuda_(fp16|bf16|runtime)\.h$|simt(_ptx)?\.h$|(algorithm|stdexcept|string|type_traits|utility)$",
         ),
     ],
 )
