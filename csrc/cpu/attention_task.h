@@ -6,12 +6,9 @@
 //   u4 u3 u2               as byte codes against integer digits of q and of p * scale (codes.h), 4 products an instruction
 //   kivi2                  as fp32 rows, the channels' scales and zero points multiplied into q once per page
 //   u4 u3 u2 without AVX2  decoded to fp32 rows first
-//   u8 u3 kivi2 for many query rows, where bf16 is multiplied  decoded to bf16 rows first
 // Rotated formats see q' = H diag(1/t) q and give their sums in the rotated basis; every pool has its own sums, and they
 // are brought to the plain basis once, at the end of the task.
 #pragma once
-#include <climits>
-
 #include "cpu/ahead.h"
 #include "cpu/codec.h"
 #include "cpu/codes.h"
@@ -54,9 +51,9 @@ void rotate_row(float* x) {
   each<N>([&](auto i) { (v[i] * F::fill(fwht_scale(D))).store(x + F::W * i); });
 }
 
-// One token of u8, u4, u3 or u2, still rotated: put(channel, F::W values).
-template <typename Fmt, int64_t D, typename Put>
-void decode_rotated(const uint8_t* side, int64_t token, int64_t page_size, const Put& put) {
+// One token of u4, u3 or u2 in fp32, still rotated.
+template <typename Fmt, int64_t D>
+void decode_rotated(const uint8_t* side, int64_t token, int64_t page_size, float* x) {
   constexpr int N = D / F::W;
   F c[N];
   const uint8_t* low = side + token * (D * Fmt::low_bits / 8);
@@ -66,7 +63,7 @@ void decode_rotated(const uint8_t* side, int64_t token, int64_t page_size, const
     unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::low_bits, high + i / 4 * (F::W / 2), c + i);
   for (int i = 0; i < N; ++i) {
     const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
-    put(i * F::W, s * (c[i] - F::fill(Fmt::Grid::offset)));
+    (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
   }
 }
 
@@ -116,8 +113,7 @@ struct Task {
   Unmasked unmasked;
   QueryRow* query;
   float *q, *q_rot, *q_mu, *s, *p_top, *m, *l, *out_rows, *decoded;
-  uint16_t *q_bf16,
-      *q_rot_bf16;  // the queries as they came, and q_rot; null where the processor does not multiply bf16
+  uint16_t* q_bf16;  // the queries as they came, where the processor can multiply them so; else null
   uint8_t* codes;
   struct PoolState {
     float* acc;      // [rows][lanes] sums over V, in the order and basis the pool's format leaves them in
@@ -140,8 +136,7 @@ struct Task {
     query = a.take<QueryRow>(rows);
     q = a.take<float>(rows * D);
     out_rows = a.take<float>(rows * DV);
-    const bool bf16_products = p.dtype == DType::bf16 && cpu::has_avx512bf16();
-    q_bf16 = bf16_products ? a.take<uint16_t>(rows * D) : nullptr;
+    q_bf16 = p.dtype == DType::bf16 && cpu::has_avx512bf16() ? a.take<uint16_t>(rows * D) : nullptr;
     s = a.take<float>(rows * kChunk);
     q_mu = a.take<float>(rows);
     p_top = a.take<float>(rows);
@@ -150,7 +145,6 @@ struct Task {
     bool any_packed = false;
     for (int i = 0; i < p.num_pools; ++i) any_packed |= packed(p.pools[i]);
     q_rot = any_packed ? a.take<float>(rows * D) : nullptr;
-    q_rot_bf16 = any_packed && bf16_products ? a.take<uint16_t>(rows * D) : nullptr;
     decoded = any_packed ? a.take<float>(kChunk * D) : nullptr;
     codes = any_packed ? a.take<uint8_t>(kChunk * 2 * D) : nullptr;
     for (int i = 0; i < p.num_pools; ++i) {
@@ -177,10 +171,11 @@ struct Task {
     with_format(f, [&](auto fmt) { r = decltype(fmt)::packed; });
     return r;
   }
-  bool read_as_codes(Format f) const {
-    bool r = false;
-    with_format(f, [&](auto fmt) { r = uses_codes<decltype(fmt)> && !decodes<decltype(fmt)>(); });
-    return r;
+  static bool read_as_codes(const Pool& pool) {
+    bool k = false, v = false;
+    with_format(pool.k_format, [&](auto fmt) { k = uses_codes<decltype(fmt)>; });
+    with_format(pool.v_format, [&](auto fmt) { v = uses_codes<decltype(fmt)>; });
+    return k && v;
   }
   static bool packed(const Pool& pool) { return is_packed(pool.k_format) || is_packed(pool.v_format); }
 
@@ -232,8 +227,6 @@ struct Task {
         }
         q_mu[r] = dot.fold_sum();
         rotate_row<D>(q_rot + r * D);
-        if (q_rot_bf16)
-          for (int64_t i = 0; i < D; i += F::W) F::load(q_rot + r * D + i).store_bf16(q_rot_bf16 + r * D + i);
       }
     }
   }
@@ -256,16 +249,6 @@ struct Task {
           row_scores<D>(LoadF16{row}, c.n, q, D, rows, s, ahead, kAheadScores);
       } else if constexpr (kPackedDim) {
         if constexpr (Fmt::rotated) rotate_q();
-#if defined(__AVX512F__)
-        if (decodes<Fmt>()) {
-          const uint8_t* row[kRowChunk];
-          decode_bf16<Fmt, Side::K>(c, row);
-          const uint16_t* x = Fmt::rotated ? q_rot_bf16 : q_bf16;
-          bf16_scores<D>(LoadBf16{row}, c.n, x, Fmt::rotated ? 1.0f : p.scale, rows, s, ahead, kAheadScores);
-          if (Fmt::rotated) add_q_mu(c.n);
-          return;
-        }
-#endif
 #if defined(__AVX2__)
         if constexpr (uses_codes<Fmt>) return code_scores<Fmt>(c);
 #endif
@@ -296,69 +279,10 @@ struct Task {
   void decode_chunk(Side side, const Chunk& c) {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
-      for (int j = 0; j < pc.n; ++j) {
-        float* x = decoded + (pc.col + j) * D;
-        decode_rotated<Fmt, D>(side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size,
-                               [x](int64_t at, F v) { v.store(x + at); });
-      }
+      for (int j = 0; j < pc.n; ++j)
+        decode_rotated<Fmt, D>(side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size, decoded + (pc.col + j) * D);
     }
-    memset(decoded, 0, sizeof(float) * c.skip * D);  // nobody sees those: a NaN among them must not spread
   }
-
-#if defined(__AVX512F__)
-  // Many query rows share the cost of decoding a chunk to bf16 rows, whose products then cost half of those in fp32. As byte
-  // codes u4 and u2 are faster still.
-  template <typename Fmt>
-  bool decodes() const {
-    constexpr int from = same<Fmt, kivi2> ? 8 : same<Fmt, u8> ? 12 : same<Fmt, u3> ? 24 : INT_MAX;
-    return q_bf16 && rows >= from;
-  }
-
-  // A side of the chunk as bf16 rows; row [kRowChunk]: as row_pointers gives them.
-  template <typename Fmt, Side side>
-  void decode_bf16(const Chunk& c, const uint8_t** row) {
-    uint16_t* out = reinterpret_cast<uint16_t*>(decoded);
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      const uint8_t* from = side == Side::K ? pc.k : pc.v;
-      uint16_t* to = out + pc.col * D;
-      if constexpr (same<Fmt, kivi2>) {
-        const uint8_t* codes2 = from + pc.token * (D / 4);
-        const uint8_t* scale = from + kivi2::scale_offset(p.page_size, D);
-        const uint8_t* zero = from + kivi2::zero_offset(side, p.page_size, D);
-        for (int64_t at = 0; at < D; at += F::W) {
-          F s, z;
-          if (side == Side::K) s = load<DType::f16>(scale + at * 2), z = load<DType::f16>(zero + at * 2);
-          for (int j = 0; j < pc.n; ++j) {
-            if (side == Side::V) {
-              const int64_t group = ((pc.token + j) * (D / kivi2::v_group) + at / kivi2::v_group) * 2;
-              s = F::fill(half_value(load_u16(scale + group))), z = F::fill(half_value(load_u16(zero + group)));
-            }
-            store_rounded(fma(F::load_u2(codes2 + j * (D / 4) + at / 4), s, z), to + j * D + at);
-          }
-        }
-      } else {
-        for (int j = 0; j < pc.n; ++j)
-          decode_rotated<Fmt, D>(from, pc.token + j, p.page_size,
-                                 [x = to + j * D](int64_t at, F v) { store_rounded(v, x + at); });
-      }
-    }
-    memset(out, 0, sizeof(uint16_t) * c.skip * D);
-    for (int j = 0; j < kRowChunk; ++j) row[j] = reinterpret_cast<const uint8_t*>(out + (j < c.n ? j : c.n - 1) * D);
-  }
-
-  // The rounding of bf16_weights, by instruction.
-  static void store_rounded(F x, uint16_t* to) {
-    __m256i y;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x.v));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), y);
-  }
-#else
-  template <typename Fmt>
-  static constexpr bool decodes() {
-    return false;
-  }
-#endif
 
   void add_q_mu(int n) {
     if (!p.transform.centre) return;
@@ -423,7 +347,6 @@ struct Task {
         zero[pc.col * groups + j] = half_value(load_u16(from + to_zero + j * 2));
       }
     }
-    for (int64_t j = 0; j < c.skip * groups; ++j) scale[j] = zero[j] = 0.0f;
     row_accumulate<D>(LoadAffine2{row, scale, zero, groups}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
   }
 
@@ -747,13 +670,6 @@ struct Task {
         else
           row_accumulate<DV>(LoadF16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
       } else if constexpr (kPackedDim) {
-#if defined(__AVX512F__)
-        if (decodes<Fmt>()) {
-          const uint8_t* row[kRowChunk];
-          decode_bf16<Fmt, Side::V>(c, row);
-          return bf16_accumulate<D>(LoadBf16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-        }
-#endif
 #if defined(__AVX2__)
         if constexpr (uses_codes<Fmt>) return code_accumulate<Fmt>(c, st);
 #endif
@@ -858,8 +774,7 @@ struct Task {
     c.start = pos -= c.skip;
     token -= c.skip;
     c.n = c.pieces = 0;
-    const bool codes_only = read_as_codes(c.pool->k_format) && read_as_codes(c.pool->v_format);
-    const int64_t most = codes_only ? kChunk : kRowChunk;
+    const int64_t most = read_as_codes(*c.pool) ? kChunk : kRowChunk;
     for (; c.n < most && pos < end; ++index, token = 0) {
       const int32_t entry = table[index];
       if (entry >> 28 != c.pool_index) break;
@@ -905,18 +820,17 @@ struct Task {
   }
 
   template <typename Fmt>
-  void add_lanes(const float* acc, float* out) const {
+  static void add_lanes(const float* acc, float* out) {
 #if defined(__AVX2__)
-    if constexpr (uses_codes<Fmt>)
-      if (!decodes<Fmt>()) {
-        static constexpr LaneOf<Plane<Fmt::low_bits, 0>> low;
-        for (int64_t i = 0; i < D; ++i) out[i] += acc[low.lane[i]];
-        if constexpr (kPlanes<Fmt> == 2) {
-          static constexpr LaneOf<Plane<1, 2>> high;
-          for (int64_t i = 0; i < D; ++i) out[i] += acc[D + high.lane[i]];
-        }
-        return;
+    if constexpr (uses_codes<Fmt>) {
+      static constexpr LaneOf<Plane<Fmt::low_bits, 0>> low;
+      for (int64_t i = 0; i < D; ++i) out[i] += acc[low.lane[i]];
+      if constexpr (kPlanes<Fmt> == 2) {
+        static constexpr LaneOf<Plane<1, 2>> high;
+        for (int64_t i = 0; i < D; ++i) out[i] += acc[D + high.lane[i]];
       }
+      return;
+    }
 #endif
     for (int64_t i = 0; i < D; ++i) out[i] += acc[i];
   }
