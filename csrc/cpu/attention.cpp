@@ -2,6 +2,8 @@
 // (attention_schedule.h), and here the way from their sums to out and lse.
 #include "kvkernels/ops/attention.h"
 
+#include <new>
+
 #include "cpu/attention_schedule.h"
 #include "cpu/entry.h"
 
@@ -75,22 +77,28 @@ void run_tasks(Job& job, int thread) {
   const AttentionParams& p = job.p;
   const Schedule& schedule = job.schedule;
   Arena arena = schedule.scratch(thread);
-  TaskType task(p, arena, schedule.max_rows());
+  TaskType* const tasks = arena.take<TaskType>(schedule.max_heads());
+  for (int64_t j = 0; j < schedule.max_heads(); ++j)
+    new (&tasks[j]) TaskType(p, arena, schedule.max_rows(), j ? tasks : nullptr);
   for (int64_t i = job.take(); i < schedule.tasks(); i = job.take()) {
     const Schedule::Work work = schedule.task(i);
-    task.begin(work.block);
-    task.run(work.from, work.to);
+    Block block = work.block;
+    for (int j = 0; j < work.heads; ++j, ++block.g) tasks[j].begin(block);
+    TaskType::run(tasks, work.heads, work.from, work.to);
     const int rows = work.block.rows;
-    if (work.partial) {
-      float* top = work.partial + work.block_rows * p.Dv;
-      memcpy(work.partial, task.out_rows, sizeof(float) * rows * p.Dv);
-      memcpy(top, task.m, sizeof(float) * rows);
-      memcpy(top + work.block_rows, task.l, sizeof(float) * rows);
-      continue;
-    }
-    for (int r = 0; r < rows; ++r) {
-      const QueryRow& row = task.query[r];
-      write_row(p, row.b, row.t, row.head, work.block.g, task.out_rows + r * p.Dv, task.m[r], task.l[r]);
+    for (int j = 0; j < work.heads; ++j) {
+      const TaskType& task = tasks[j];
+      if (work.partial) {
+        float *sums = work.partial + j * work.next_head, *top = sums + work.block_rows * p.Dv;
+        memcpy(sums, task.out_rows, sizeof(float) * rows * p.Dv);
+        memcpy(top, task.m, sizeof(float) * rows);
+        memcpy(top + work.block_rows, task.l, sizeof(float) * rows);
+        continue;
+      }
+      for (int r = 0; r < rows; ++r) {
+        const QueryRow& row = task.query[r];
+        write_row(p, row.b, row.t, row.head, work.block.g + j, task.out_rows + r * p.Dv, task.m[r], task.l[r]);
+      }
     }
   }
 }

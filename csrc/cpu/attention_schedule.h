@@ -2,7 +2,7 @@
 //
 // A part is a node of the plan (without one: a sequence), all KV heads or, where they differ in their query heads or in what
 // they see, one of them. Its query rows are cut into blocks and its tokens into intervals; a task is a block, an interval and
-// a KV head. The tasks of a part that is all there is of its sequence, and not cut, write their results; the others leave
+// one KV head or several side by side. The tasks of a part that is all there is of its sequence, and not cut, write their results; the others leave
 // partial results (sums over V, their maximum and their softmax mass), which are merged per query row, first those of the
 // leaf, then those of its parents.
 #pragma once
@@ -16,12 +16,15 @@ inline double token_cost(int64_t rows) { return 0.4 + 0.15 * static_cast<double>
 
 constexpr double kSerialCost = 2048;  // waking other threads for less costs more than it saves: about 20 us of work
 constexpr int64_t kMinSplit = 256;    // tokens that pay for preparing the queries again and for merging
+constexpr int64_t kSideBySide =
+    1024;  // tokens of a task with several heads; with fewer, threads would wait for the last one
 constexpr int64_t kUncut = INT64_C(1) << 40;
 
 struct Part {
   int64_t first_task;
   int64_t split;     // tokens of an interval
   int64_t partials;  // where its partial results begin among the floats of all, or -1: its tasks write results
+  int64_t heads;     // KV heads of a task
 };
 
 // What a part consists of.
@@ -33,8 +36,10 @@ struct Shape {
   int64_t group, groups;             // KV heads
   int64_t rows, blocks, block_rows;  // query rows of one KV head; the last block may be smaller
   bool alone;                        // there is no other node of its sequence
+  int64_t heads;                     // KV heads of a task
 
-  int64_t columns() const { return groups * blocks; }  // tasks of one interval
+  int64_t columns() const { return groups * blocks; }                      // results of one interval
+  int64_t tasks() const { return (groups + heads - 1) / heads * blocks; }  // of one interval
   double cost() const { return static_cast<double>(visible.tokens() * columns()) * token_cost(block_rows); }
 
   // Intervals begin at multiples of `split` from `begin`. Those between sinks and window do not exist.
@@ -58,6 +63,8 @@ class Schedule {
   Schedule(const AttentionParams& params, const CpuExec& exec, Arena& arena)
       : p(params), parts_per_node_(p.heads.mapped || p.head_windows ? p.Hkv : 1) {
     num_parts_ = (p.plan.nodes ? p.plan.num_nodes : p.B) * parts_per_node_;
+    for (int i = 0; i < p.num_pools; ++i)
+      any_packed_ |= p.pools[i].k_format != Format::bf16 && p.pools[i].k_format != Format::f16;
     parts_ = arena.take<Part>(num_parts_);
     rank_ = p.plan.nodes ? arena.take<int32_t>(p.B) : nullptr;
     double cost = 0;
@@ -66,18 +73,20 @@ class Schedule {
     const double share = cost / (threads_ * 4);  // four tasks per thread even out what the machine does to them
     int64_t partial_floats = 0;
     for (int64_t i = 0; i < num_parts_; ++i) {
-      const Shape s = shape(i);
+      Shape s = shape(i);
+      choose_heads(s, share);
       if (s.block_rows > max_rows_) max_rows_ = s.block_rows;
-      const int64_t split = choose_split(s, share), n = s.rows ? s.columns() * s.intervals(split) : 0;
-      const bool partial = !s.alone || n > s.columns();
-      if (parts_) parts_[i] = {tasks_, split, partial ? partial_floats : -1};
-      tasks_ += n;
-      if (partial) partial_floats += n * partial_size(s);
+      if (s.heads > max_heads_) max_heads_ = s.heads;
+      const int64_t split = choose_split(s, share), n = s.rows ? s.intervals(split) : 0;
+      const bool partial = !s.alone || n > 1;
+      if (parts_) parts_[i] = {tasks_, split, partial ? partial_floats : -1, s.heads};
+      tasks_ += n * s.tasks();
+      if (partial) partial_floats += n * s.columns() * partial_size(s);
     }
     if (rank_)
       for (int64_t i = 0; i < p.B; ++i) rank_[p.plan.order[i]] = static_cast<int32_t>(i);
     if (threads_ > tasks_) threads_ = tasks_ > 1 ? static_cast<int>(tasks_) : 1;
-    with_task(p, [&](auto task) { scratch_bytes_ = decltype(task)::type::scratch_bytes(p, max_rows_); });
+    with_task(p, [&](auto task) { scratch_bytes_ = decltype(task)::type::scratch_bytes(p, max_rows_, max_heads_); });
     partials_ = arena.take<float>(partial_floats);
     scratch_ = arena.take<uint8_t>(threads_ * scratch_bytes_);
     merges_ = partial_floats > 0 || p.plan.nodes;
@@ -87,15 +96,17 @@ class Schedule {
   int64_t tasks() const { return tasks_; }
   bool merges() const { return merges_; }
   Arena scratch(int thread) const { return {scratch_ + thread * scratch_bytes_}; }
-  int64_t max_rows() const { return max_rows_; }  // of a task
+  int64_t max_rows() const { return max_rows_; }    // of a task and KV head
+  int64_t max_heads() const { return max_heads_; }  // of a task
   const Part& part(int64_t node, int64_t g) const { return parts_[part_index(node, g)]; }
 
   // Task i of the call.
   struct Work {
-    Block block;
-    int64_t from, to;  // tokens
-    float* partial;    // where its results go, or null: to the caller
-    int64_t block_rows;
+    Block block;                    // of its first KV head
+    int heads;                      // that follow one another
+    int64_t from, to;               // tokens
+    float* partial;                 // where the results of the first head go, or null: to the caller
+    int64_t block_rows, next_head;  // from the results of a head to those of the next one
   };
   Work task(int64_t i) const {
     int64_t lo = 0, hi = num_parts_;
@@ -104,16 +115,20 @@ class Schedule {
       (parts_[mid].first_task <= i ? lo : hi) = mid;
     }
     const Part& part = parts_[lo];
-    const Shape s = shape(lo);
-    const int64_t in_part = i - part.first_task, interval = in_part / s.columns(), column = in_part % s.columns();
-    const int64_t first = column % s.blocks * s.block_rows;
+    Shape s = shape(lo);
+    s.heads = part.heads;
+    const int64_t in_part = i - part.first_task, interval = in_part / s.tasks(), column = in_part % s.tasks();
+    const int64_t head = column / s.blocks * s.heads, block = column % s.blocks, first = block * s.block_rows;
     const int64_t rows = s.rows - first < s.block_rows ? s.rows - first : s.block_rows;
-    const int64_t from = s.interval_begin(interval, part.split);
-    return {{s.sequence, s.group + column / s.blocks, s.sequences, s.visible, first, static_cast<int>(rows)},
+    const int64_t from = s.interval_begin(interval, part.split), size = partial_size(s);
+    const int64_t result = (interval * s.groups + head) * s.blocks + block;
+    return {{s.sequence, s.group + head, s.sequences, s.visible, first, static_cast<int>(rows)},
+            static_cast<int>(s.groups - head < s.heads ? s.groups - head : s.heads),
             from,
             from + part.split,
-            part.partials < 0 ? nullptr : partials_ + part.partials + in_part * partial_size(s),
-            s.block_rows};
+            part.partials < 0 ? nullptr : partials_ + part.partials + result * size,
+            s.block_rows,
+            s.blocks * size};
   }
 
   // What a node left of KV head g's query rows of sequence b, once per interval, `step` apart.
@@ -144,7 +159,8 @@ class Schedule {
   Part* parts_;    // [num_parts]
   int32_t* rank_;  // [B] where a sequence stands in the plan's order
   int threads_;
-  int64_t tasks_ = 0, max_rows_ = 1;
+  int64_t tasks_ = 0, max_rows_ = 1, max_heads_ = 1;
+  bool any_packed_ = false;
   float* partials_;  // of a task: [block_rows][Dv] sums, [block_rows] maxima, [block_rows] masses
   uint8_t* scratch_;
   int64_t scratch_bytes_;
@@ -179,10 +195,20 @@ class Schedule {
     return s;
   }
 
+  // As many heads as the rows of a task allow and as leave intervals of kSideBySide tokens. Packed pages are not bound by
+  // memory, and the codes of a second head would push those of the first out of L1.
+  void choose_heads(Shape& s, double share) const {
+    s.heads = s.rows > 0 && s.blocks == 1 && !any_packed_ ? kMaxRows / s.rows : 1;
+    if (s.heads > s.groups) s.heads = s.groups;
+    const double tokens = s.rows > 0 ? share / token_cost(s.block_rows) : 0;
+    while (threads_ > 1 && s.heads > 1 && tokens < static_cast<double>(s.heads * kSideBySide)) s.heads /= 2;
+    if (s.heads < 1) s.heads = 1;
+  }
   int64_t choose_split(const Shape& s, double share) const {
     if (p.split_tokens > 0) return p.split_tokens;
     if (threads_ == 1) return kUncut;
-    const int64_t most = static_cast<int64_t>(share / token_cost(s.block_rows)), tokens = s.visible.tokens();
+    const int64_t most = static_cast<int64_t>(share / (token_cost(s.block_rows) * static_cast<double>(s.heads)));
+    const int64_t tokens = s.visible.tokens();
     const int64_t n = tokens / (most > kMinSplit ? most : kMinSplit) + 1;
     return n == 1 ? kUncut : round_up((tokens + n - 1) / n, kChunk);
   }

@@ -126,18 +126,22 @@ struct Task {
   Ahead ahead;
   bool rot_ready = false;
 
-  static int64_t scratch_bytes(const AttentionParams& p, int64_t rows) {
+  // What `heads` tasks need that take turns.
+  static int64_t scratch_bytes(const AttentionParams& p, int64_t rows, int64_t heads) {
     Arena a{nullptr};
-    const Task t(p, a, rows);
+    a.take<Task>(heads);
+    const Task t(p, a, rows, nullptr);
+    for (int64_t j = 1; j < heads; ++j) Task(p, a, rows, &t);
     return a.used;
   }
 
-  Task(const AttentionParams& params, Arena& a, int64_t rows) : p(params) {
+  // Buffers that hold nothing between two chunks are those of `other`, if there is one.
+  Task(const AttentionParams& params, Arena& a, int64_t rows, const Task* other) : p(params) {
     query = a.take<QueryRow>(rows);
     q = a.take<float>(rows * D);
     out_rows = a.take<float>(rows * DV);
     q_bf16 = p.dtype == DType::bf16 && cpu::has_avx512bf16() ? a.take<uint16_t>(rows * D) : nullptr;
-    s = a.take<float>(rows * kChunk);
+    s = other ? other->s : a.take<float>(rows * kChunk);
     q_mu = a.take<float>(rows);
     p_top = a.take<float>(rows);
     m = a.take<float>(rows);
@@ -145,8 +149,8 @@ struct Task {
     bool any_packed = false;
     for (int i = 0; i < p.num_pools; ++i) any_packed |= packed(p.pools[i]);
     q_rot = any_packed ? a.take<float>(rows * D) : nullptr;
-    decoded = any_packed ? a.take<float>(kChunk * D) : nullptr;
-    codes = any_packed ? a.take<uint8_t>(kChunk * 2 * D) : nullptr;
+    decoded = other ? other->decoded : any_packed ? a.take<float>(kChunk * D) : nullptr;
+    codes = other ? other->codes : any_packed ? a.take<uint8_t>(kChunk * 2 * D) : nullptr;
     for (int i = 0; i < p.num_pools; ++i) {
       PoolState& st = state[i];
       const bool pk = packed(p.pools[i]);
@@ -703,22 +707,35 @@ struct Task {
 
   // ---- what is visible of the tokens [from, to), and what it gives: out_rows (unnormalised, plain basis), m, l
 
-  void run(int64_t from, int64_t to) {
+  // The tasks of `heads` KV heads side by side, chunk by chunk: a page holds the rows of all its heads near each other, and
+  // memory is read faster in long runs.
+  static void run(Task* task, int heads, int64_t from, int64_t to) {
     Chunk chunk[2];
     int64_t pos = from;
-    bool more = next_chunk(chunk[0], pos, to);
+    bool more = task->next_chunk(chunk[0], pos, to);
     for (int64_t i = 0; more; ++i) {
-      const Chunk& c = chunk[i & 1];
+      Chunk& c = chunk[i & 1];
       Chunk& next = chunk[(i + 1) & 1];
-      ahead.clear();
-      more = next_chunk(next, pos, to);
-      if (more) list_lines(next);
-      scores(c);
-      softmax(c);
-      accumulate(c);
-      ahead.take_rest();
+      more = task->next_chunk(next, pos, to);
+      for (int j = 0; j < heads; ++j) {
+        Task& t = task[j];
+        t.ahead.clear();
+        if (j + 1 < heads)
+          t.list_lines(c, task[j + 1].k_head - t.k_head, task[j + 1].v_head - t.v_head);
+        else if (more)
+          t.list_lines(next, 0, 0);
+        t.scores(c);
+        t.softmax(c);
+        t.accumulate(c);
+        t.ahead.take_rest();
+        if (j + 1 < heads)
+          for (int k = 0; k < c.pieces; ++k) {
+            c.piece[k].k += (task[j + 1].k_head - t.k_head) * c.pool->k_head;
+            c.piece[k].v += (task[j + 1].v_head - t.v_head) * c.pool->v_head;
+          }
+      }
     }
-    finish();
+    for (int j = 0; j < heads; ++j) task[j].finish();
   }
 
   // V of multi-head latent attention is a part of K's row.
@@ -728,19 +745,20 @@ struct Task {
            pool.k_token == pool.v_token;
   }
 
-  void list_lines(const Chunk& c) {
-    list_side<Side::K>(c);
-    if (D == DV || !v_inside_k(*c.pool)) list_side<Side::V>(c);
+  // Of a KV head so many further.
+  void list_lines(const Chunk& c, int64_t k_heads, int64_t v_heads) {
+    list_side<Side::K>(c, k_heads * c.pool->k_head);
+    if (D == DV || !v_inside_k(*c.pool)) list_side<Side::V>(c, v_heads * c.pool->v_head);
   }
 
   template <Side side>
-  void list_side(const Chunk& c) {
+  void list_side(const Chunk& c, int64_t offset) {
     constexpr bool k = side == Side::K;
     with_format(k ? c.pool->k_format : c.pool->v_format, [&](auto fmt) {
       using Fmt = decltype(fmt);
       for (int i = 0; i < c.pieces; ++i) {
         const Piece& pc = c.piece[i];
-        const uint8_t* x = k ? pc.k : pc.v;
+        const uint8_t* x = (k ? pc.k : pc.v) + offset;
         if constexpr (!Fmt::packed) {
           constexpr int64_t row_bytes = (k ? D : DV) * 2;
           const int64_t stride = k ? c.pool->k_token : c.pool->v_token;
