@@ -227,7 +227,7 @@ struct Planner {
   }
 };
 
-__global__ __launch_bounds__(kThreads) void plan_kernel(PlanParams p) {
+__global__ __launch_bounds__(kThreads, 1) void plan_kernel(PlanParams p) {
   KK_DYN_SMEM(int32_t, smem);
   KK_SHARED(int32_t, counter, [1]);
   const Planner planner(p, smem, counter);
