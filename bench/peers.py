@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ def flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """flex_attention, compiled for the shapes of its first call; a new function forgets those of others."""
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: cast(Tensor, compiled(q.unsqueeze(2), k, v, enable_gqa=True)).squeeze(2)
+    return lambda q, k, v: compiled(q.unsqueeze(2), k, v, enable_gqa=True).squeeze(2)
 
 
 def hf_caches(k: Tensor, v: Tensor, q: Tensor) -> dict[str, Callable[[], Tensor]]:

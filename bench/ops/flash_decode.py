@@ -89,7 +89,11 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
             continue
         ks, vs = (contiguous(x, table, lens) for x in (k, v))
         qs = list(q.split(1)) if len(ks) > 1 else [q]
-        functions = {"sdpa": peers.sdpa, "sdpa grouped": peers.sdpa_grouped, "matmul": peers.matmul}
+        functions: dict[str, Attention] = {
+            "sdpa": peers.sdpa,
+            "sdpa grouped": peers.sdpa_grouped,
+            "matmul": peers.matmul,
+        }
         if not quick:  # compiles for seconds
             functions["flex"] = peers.flex()
         for name, function in functions.items():

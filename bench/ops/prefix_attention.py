@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -60,8 +60,8 @@ def table_of(tree: Tree, shared: bool) -> tuple[Tensor, int]:
 
 def pages_of(tree: Tree, count: int) -> kk.PagedKV:
     heads, page = tree.heads[1], tree.page
-    sides = [torch.randn(count, page, heads, D, dtype=torch.bfloat16) for _ in "kv"]
-    kv = kk.PagedKV.from_caches(*sides)
+    k, v = (torch.randn(count, page, heads, D, dtype=torch.bfloat16) for _ in "kv")
+    kv = kk.PagedKV.from_caches(k, v)
     if tree.format == "bf16":
         return kv
     packed = kk.PagedKV.empty(tree.format, count, heads, D, page)
@@ -90,7 +90,7 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
             return kk.prefix_attention(q, kv, table, lens)
 
         own, own_count = table_of(tree, shared=False)
-        runs = {
+        runs: dict[str, Callable[[], object]] = {
             "prefix": partial(kk.prefix_attention, q, kv, table, lens, plan=plan),
             "prefix, with its plan": planned,
             "per sequence": partial(kk.quant_attention, q, kv, table, lens),
