@@ -381,7 +381,8 @@ void test_fwht(int64_t n, DType dtype) {
 
 // ---- merge_states
 
-void test_merge(DType dtype, int64_t D) {
+// apart: an array per state, not one of all.
+void test_merge(DType dtype, int64_t D, bool apart) {
   const int64_t S = 4, N = 5, element = dtype == DType::f32 ? 4 : 2;
   std::vector<float> outs(S * N * D), lses(S * N), lse(N);
   for (auto& v : outs) v = normal();
@@ -392,8 +393,11 @@ void test_merge(DType dtype, int64_t D) {
   const Row16 in = as_dtype(outs, dtype);
   std::vector<uint8_t> out(N * D * element, 0xff);
   MergeStatesParams p{};
-  p.outs = in.bytes.data();
-  p.lses = lses.data();
+  p.num_parts = apart ? S : 0;
+  for (int64_t s = 0; s < (apart ? S : 1); ++s) {
+    p.outs[s] = in.bytes.data() + s * N * D * element;
+    p.lses[s] = lses.data() + s * N;
+  }
   p.out = out.data();
   p.lse = lse.data();
   p.S = S;
@@ -443,7 +447,8 @@ int run() {
       for (int64_t p : {1, 2, 4, 16, 64}) test_fwht(m * p, t);
   }
   for (DType t : dtypes)
-    for (int64_t D : {1, 17, 64, 128, 300}) test_merge(t, D);
+    for (int64_t D : {1, 17, 64, 128, 300})
+      for (bool apart : {false, true}) test_merge(t, D, apart);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
