@@ -140,7 +140,8 @@ CUDA_OBJECTS = sorted((BUILD / "CMakeFiles" / "cuda_kernels.dir").rglob("*.o"))
 @pytest.mark.skipif(not CUDA_OBJECTS, reason=f"no CUDA objects under {BUILD}: `make cuda` looks at its own")
 def test_symbols_of_cuda_stay_in_their_namespace() -> None:
     """Else the linker may keep the copy of an inline function that another compiler made."""
-    ours = re.compile(r"_Z(Z|GV|GVZ|TI|TS|TV|TT)?N[KVRO]*2kk(4cuda|6device)")
+    # nvcc's host side of a kernel that is no template is global, under a name that holds the kernel's own
+    ours = re.compile(r"_Z((Z|GV|GVZ|TI|TS|TV|TT)?N[KVRO]*2kk(4cuda|6device)|\d+__device_stub__ZN2kk4cuda)")
     names = {name for path in CUDA_OBJECTS for _, name in nm(path, "--defined-only", "--extern-only")}
     assert {name for name in names if "2kk" in name and not ours.match(name)} == set()
 
