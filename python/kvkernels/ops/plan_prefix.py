@@ -10,7 +10,8 @@ from kvkernels.plan import Plan
 
 DTYPES = (torch.int32,)
 FORMATS = ()
-MIN_TOKENS = 64  # the default of min_tokens
+# The default of min_tokens. With 64, trees of many small nodes were slower on a CPU than no plan (bench prefix_attention).
+MIN_TOKENS = 128
 MAX_DEPTH = 8  # kMaxPlanDepth: nodes of a sequence, its leaf among them
 
 _op = torch.ops.kvkernels.plan.default
@@ -26,7 +27,7 @@ def plan_prefix(
     page_size    tokens per page
     num_queries  Tq of the attention, at least 1: shared are whole pages before a sequence's last num_queries tokens
     min_tokens   what a shared run must save: T tokens of n sequences are read once where T (n - 1) / n >= min_tokens,
-                 else by each group that goes on from there. None: 64
+                 else by each group that goes on from there. None: 128
 
     Returns a Plan on the device of its arguments, for `plan=` of quant_attention, flash_decode and prefix_attention:
     any number of groups, trees of up to 8 levels (what is shared further down is read by each sequence for itself). One
