@@ -10,7 +10,7 @@ from kvkernels.plan import Plan
 
 DTYPES = (torch.int32,)
 FORMATS = ()
-# The default of min_tokens. With 64, trees of many small nodes were slower on a CPU than no plan (bench prefix_attention).
+# The default of min_tokens. With 64, trees of many small nodes were slower on CPU than no plan: bench prefix_attention.
 MIN_TOKENS = 128
 MAX_DEPTH = 8  # kMaxPlanDepth: nodes of a sequence, its leaf among them
 
