@@ -63,8 +63,7 @@ class Schedule {
   Schedule(const AttentionParams& params, const CpuExec& exec, Arena& arena)
       : p(params), parts_per_node_(p.heads.mapped || p.head_windows ? p.Hkv : 1) {
     num_parts_ = (p.plan.nodes ? p.plan.num_nodes : p.B) * parts_per_node_;
-    for (int i = 0; i < p.num_pools; ++i)
-      any_packed_ |= p.pools[i].k_format != Format::bf16 && p.pools[i].k_format != Format::f16;
+    for (int i = 0; i < p.num_pools; ++i) any_packed_ |= packed(p.pools[i]);
     parts_ = arena.take<Part>(num_parts_);
     rank_ = p.plan.nodes ? arena.take<int32_t>(p.B) : nullptr;
     double cost = 0;

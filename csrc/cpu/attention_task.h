@@ -74,6 +74,13 @@ inline F load_floats(const void* x, DType type, int64_t i) {
   return F::load_bf16(static_cast<const uint16_t*>(x) + i);
 }
 
+inline bool is_packed(Format f) {
+  bool r = false;
+  with_format(f, [&](auto fmt) { r = decltype(fmt)::packed; });
+  return r;
+}
+inline bool packed(const Pool& pool) { return is_packed(pool.k_format) || is_packed(pool.v_format); }  // on either side
+
 // Tokens that lie together in one page.
 struct Piece {
   const uint8_t* k;  // K side of the page and head (packed) or its first row (16-bit caches: rows k_token apart)
@@ -170,18 +177,12 @@ struct Task {
   static constexpr bool uses_codes = false;
 #endif
 
-  static bool is_packed(Format f) {
-    bool r = false;
-    with_format(f, [&](auto fmt) { r = decltype(fmt)::packed; });
-    return r;
-  }
   static bool read_as_codes(const Pool& pool) {
     bool k = false, v = false;
     with_format(pool.k_format, [&](auto fmt) { k = uses_codes<decltype(fmt)>; });
     with_format(pool.v_format, [&](auto fmt) { v = uses_codes<decltype(fmt)>; });
     return k && v;
   }
-  static bool packed(const Pool& pool) { return is_packed(pool.k_format) || is_packed(pool.v_format); }
 
   // ---- queries
 
