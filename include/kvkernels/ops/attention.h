@@ -31,6 +31,18 @@ struct ExtraToken {
   int64_t k_batch, k_head, v_batch, v_head, bias_batch, bias_head;  // strides in elements; 0 where broadcast
 };
 
+// What sparse attention reads of each sequence and KV head: runs of `tokens` tokens, run i from position index[i] * tokens
+// to the end of the run or of the sequence. Rows see of them what they would see anyway, and nothing else.
+struct Selection {
+  const int32_t* index;  // [B, Hkv, count] ascending, ends at the first negative one; null: everything is read
+  int64_t count, index_batch, index_head;  // strides in elements, 0 where sequences or heads have one list
+  int64_t tokens;                          // page_size, or 1
+  // [B, Hkv, count] or null: the page-table entries of the runs, instead of page_table, which is then not read. Only with
+  // tokens == page_size.
+  const int32_t* entries;
+  int64_t entries_batch, entries_head;
+};
+
 // Decode attention directly on pages of any mix of formats. Query i of Tq sees keys j <= L - Tq + i (causal, aligned at the
 // end) and, with a window, j >= L - Tq + i - window_left.
 struct AttentionParams {
@@ -65,9 +77,11 @@ struct AttentionParams {
   const int32_t* tree_mask;
   int64_t tree_stride;
   ExtraToken extra;
-  SharingPlan plan;      // not together with window_left, head_windows, split_tokens
+  SharingPlan plan;  // not together with window_left, head_windows, split_tokens, selection
+  Selection selection;
   int64_t split_tokens;  // > 0: partial results cover the intervals [n, n + split_tokens), whatever the threads and
                          // batch, so that results are bit-identical; 0: chosen from the work at hand. Multiple of 16.
+                         // With a selection intervals are counted along its tokens.
   void* workspace;       // attention_workspace(p, exec) bytes, 64-byte aligned
 };
 
