@@ -22,6 +22,7 @@ from torch import Tensor
 
 import kvkernels as kk
 from bench import build, peers, report
+from bench.ops import flash_decode, prefix_attention, sparse_attention
 from bench.pages import HKV, HQ, PAGE, D, attend, data, paged
 from kvkernels.ops import OPS
 
@@ -61,6 +62,10 @@ class Clock:
         source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         return 2 * source.numel() / self(lambda: target.copy_(source))
+
+
+def on_gpu(kv: kk.PagedKV) -> kk.PagedKV:
+    return kv._replace(pools=tuple(p.cuda() if isinstance(p, Tensor) else (p[0].cuda(), p[1].cuda()) for p in kv.pools))
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
@@ -159,6 +164,55 @@ def codec(clock: Clock, quick: bool) -> Iterator[Row]:
     yield Row(f"merge_states [4, {tokens}, {D}]", "bf16", clock(lambda: kk.merge_states(outs, lses)), moved)
 
 
+def decode(clock: Clock, quick: bool) -> Iterator[Row]:
+    """Caches as vLLM and flash-attn hold them; pages of 1 and ragged batches against contiguous ones and uniform."""
+    if quick:
+        cases = [flash_decode.Case((1024,), 4, 16)]
+    else:
+        ragged = tuple(max(16, 32768 // (i + 1)) for i in range(32))
+        cases = [flash_decode.Case((1024,), 4, 16), flash_decode.Case(flash_decode.LONG_AND_SHORT, 4, 16)]
+        cases += [flash_decode.Case((8192,) * 32, 4, page) for page in (1, 16, 64)]
+        cases += [flash_decode.Case(ragged, 4, 16), flash_decode.Case((sum(ragged) // 32,) * 32, 4, 16)]
+    for case in cases:
+        torch.manual_seed(0)
+        k, v, table, lens = (x.cuda() for x in flash_decode.caches(case))
+        q = torch.randn(len(case.lens), HQ, D, dtype=torch.bfloat16, device="cuda")
+        moved = 4.0 * sum(case.lens) * (HQ // case.group) * D
+        yield Row(case.label, "flash_decode", clock(partial(kk.flash_decode, q, k, v, table, lens)), moved)
+
+
+def prefix(clock: Clock, quick: bool) -> Iterator[Row]:
+    """Shared prefixes; bytes are those of every page once."""
+    sizes = ((4, 1024),) if quick else ((32, 8192), (256, 8192), (256, 32768), (1024, 1024))
+    for batch, shared in sizes:
+        tree = prefix_attention.Tree((1, batch), (shared, 128))
+        table, count = prefix_attention.table_of(tree, shared=True)
+        kv = on_gpu(prefix_attention.pages_of(tree, count))
+        table = table.cuda()
+        lens = torch.full((batch,), shared + 128, dtype=torch.int32, device="cuda")
+        q = torch.randn(batch, HQ, D, dtype=torch.bfloat16, device="cuda")
+        moved = 4.0 * (shared + 128 * batch) * HKV * D
+        plan = kk.plan_prefix(table, lens, tree.page)
+        runs: dict[str, Callable[[], object]] = {
+            "prefix_attention": partial(kk.prefix_attention, q, kv, table, lens, plan=plan),
+            "plan_prefix": partial(kk.plan_prefix, table, lens, tree.page),
+            "quant_attention": partial(attend, q, kv, table, lens),
+        }
+        for name, run in runs.items():
+            yield Row(f"B{batch}, {shared} shared", name, clock(run), table.nbytes if name == "plan_prefix" else moved)
+
+
+def sparse(clock: Clock, quick: bool) -> Iterator[Row]:
+    """A budget of 1/16, selection included."""
+    cases = sparse_attention.QUICK if quick else (*sparse_attention.CASES, sparse_attention.Case(16, 32768, 16))
+    for case in cases:
+        problem = sparse_attention.problem(case, torch.device("cuda"))
+        for name, (run, moved) in problem.ways().items():
+            yield Row(case.label, name, clock(run), moved)
+        for name, (run, moved) in problem.parts().items():
+            yield Row(case.label, name, clock(run), moved)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds: does it run?")
@@ -184,7 +238,7 @@ def main() -> None:
     ]
     print(*lines, sep="\n", flush=True)
     head, body = ["case", "what", "time", "GB/s", "% of copy"], []
-    for row in (r for part in (attention, codec) for r in part(clock, args.quick)):
+    for row in (r for part in (attention, decode, prefix, sparse, codec) for r in part(clock, args.quick)):
         rate = row.nbytes / row.seconds
         body.append(
             [row.case, row.what, report.duration(row.seconds), f"{rate / 1e9:.0f}", f"{100 * rate / copy:.0f} %"]

@@ -43,3 +43,12 @@ def scattered(blocks: list[int]) -> Tensor:
     for row, pages in zip(table, order.split(blocks), strict=True):
         row[: len(pages)] = pages
     return table
+
+
+def pool_of(name: str, count: int, page: int) -> kk.PagedKV:
+    """So many pages of random numbers in a format that can be written token by token."""
+    kv = kk.PagedKV.empty(name, count, HKV, D, page)
+    for slots in torch.arange(count * page).split(8192):
+        k, v = (torch.randn(len(slots), HKV, D, dtype=torch.bfloat16) for _ in "kv")
+        kk.write_kv(k, v, kv, 0, slots)
+    return kv
