@@ -10,6 +10,7 @@
 // are brought to the plain basis once, at the end of the task.
 #pragma once
 #include "cpu/ahead.h"
+#include "cpu/arena.h"
 #include "cpu/codec.h"
 #include "cpu/codes.h"
 #include "cpu/entry.h"
@@ -24,21 +25,6 @@ template <typename A>
 constexpr bool same<A, A> = true;
 
 constexpr int kMaxRows = 64;  // query rows of a task; where there are more, the pages are read again
-
-inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
-inline int64_t round_down(int64_t x, int64_t m) { return x / m * m; }
-
-// Hands out 64-byte aligned pieces of the workspace; with base == nullptr it only counts.
-struct Arena {
-  uint8_t* base;
-  int64_t used = 0;
-  template <typename T>
-  T* take(int64_t n) {
-    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return p;
-  }
-};
 
 template <int64_t D>
 void rotate_row(float* x) {
@@ -65,13 +51,6 @@ void decode_rotated(const uint8_t* side, int64_t token, int64_t page_size, float
     const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
     (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
   }
-}
-
-// F::W elements of a tensor from number i on.
-inline F load_floats(const void* x, DType type, int64_t i) {
-  if (type == DType::f32) return F::load(static_cast<const float*>(x) + i);
-  if (type == DType::f16) return F::load_f16(static_cast<const uint16_t*>(x) + i);
-  return F::load_bf16(static_cast<const uint16_t*>(x) + i);
 }
 
 inline bool is_packed(Format f) {

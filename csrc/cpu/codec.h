@@ -89,6 +89,13 @@ KK_INLINE void store(F x, uint8_t* p) {
   x.store(reinterpret_cast<float*>(p));
 }
 
+// F::W elements of a tensor from number i on.
+inline F load_floats(const void* x, DType type, int64_t i) {
+  if (type == DType::f32) return F::load(static_cast<const float*>(x) + i);
+  if (type == DType::f16) return F::load_f16(static_cast<const uint16_t*>(x) + i);
+  return F::load_bf16(static_cast<const uint16_t*>(x) + i);
+}
+
 // Even and odd elements of the 2W at p. The two halves of a 32-bit word are free to tell apart in bf16.
 template <DType T>
 KK_INLINE void load_split(const uint8_t* p, F& even, F& odd) {

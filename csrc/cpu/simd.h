@@ -28,6 +28,14 @@ struct F {
   static F load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
+  static F load_i8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
+  static F load_u4(const uint8_t* p) {  // W codes of 4 bits
+    const __m128i x = _mm_loadl_epi64((const __m128i*)p);
+    const __m128i both = _mm_unpacklo_epi8(x, _mm_srli_epi16(x, 4));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(both, _mm_set1_epi8(15))));
+  }
   static F load_u2(const uint8_t* p) {  // W codes of 2 bits
     int32_t x;
     memcpy(&x, p, 4);
@@ -128,6 +136,15 @@ struct F {
   static F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static F load_u8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
+  static F load_i8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
+  static F load_u4(const uint8_t* p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(x), shift), _mm256_set1_epi32(15)));
   }
   static F load_u2(const uint8_t* p) {
     uint16_t x;
@@ -241,6 +258,12 @@ struct F {
   }
   static F load_u8(const uint8_t* p) {
     return each([&](int i) { return static_cast<float>(p[i]); });
+  }
+  static F load_i8(const uint8_t* p) {
+    return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+  }
+  static F load_u4(const uint8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i / 2] >> (4 * (i % 2)) & 15); });
   }
   static F load_u2(const uint8_t* p) {
     return each([&](int i) { return static_cast<float>(*p >> (2 * i) & 3); });
