@@ -2,19 +2,19 @@
 // every 4 KB besides. They are asked for in step with the work on the current chunk: a burst would make the loads behind it
 // wait, and in a phase that asks for none the memory would idle. With 16-bit pages an even pace is worth a quarter of the time.
 #pragma once
-#include "kvkernels/core/config.h"
+#include "cpu/chunk.h"
 
 KK_BEGIN
 
 class Ahead {
  public:
-  static constexpr int kMaxRanges = 128;
+  static constexpr int kMaxRanges = 6 * kChunk;  // of single tokens: K and V of u3 lie in three places each
 
   void clear() { lines_ = num_ = now_ = 0; }
   void add(const uint8_t* x, int64_t bytes) {
     if (num_ == kMaxRanges) return;
     range_[num_++] = {x, x + bytes};
-    lines_ += bytes / kLine;
+    lines_ += (bytes + kLine - 1) / kLine;
   }
   // How many lines each of `steps` calls of take() must ask for so that together they ask for n sixteenths of all.
   int share(int n, int64_t steps) const { return static_cast<int>((lines_ * n + 16 * steps - 1) / (16 * steps)); }

@@ -1,8 +1,8 @@
 // How a call is cut into tasks of about equal cost.
 //
 // A part is a node of the plan (without one: a sequence), all KV heads or, where they differ in their query heads or in what
-// they see, one of them. Its query rows are cut into blocks and its tokens into intervals; a task is a block, an interval and
-// one KV head or several side by side. The tasks of a part that is all there is of its sequence, and not cut, write their results; the others leave
+// they see, one of them. Its query rows are cut into blocks and its tokens, of a selection the selected ones, into intervals;
+// a task is a block, an interval and one KV head or several side by side. The tasks of a part that is all there is of its sequence, and not cut, write their results; the others leave
 // partial results (sums over V, their maximum and their softmax mass), which are merged per query row, first those of the
 // leaf, then those of its parents.
 #pragma once
@@ -61,10 +61,15 @@ class Schedule {
  public:
   // Takes what it needs from the arena; where that only counts, nothing is written.
   Schedule(const AttentionParams& params, const CpuExec& exec, Arena& arena)
-      : p(params), parts_per_node_(p.heads.mapped || p.head_windows ? p.Hkv : 1) {
+      : p(params), parts_per_node_(p.heads.mapped || p.head_windows || own_selection(p) ? p.Hkv : 1) {
     num_parts_ = (p.plan.nodes ? p.plan.num_nodes : p.B) * parts_per_node_;
     for (int i = 0; i < p.num_pools; ++i) any_packed_ |= packed(p.pools[i]);
     parts_ = arena.take<Part>(num_parts_);
+    if (p.selection.index) {
+      Visible* const v = arena.take<Visible>(num_parts_);
+      for (int64_t i = 0; v && i < num_parts_; ++i) v[i] = visible_part(i);
+      visible_ = v;
+    }
     rank_ = p.plan.nodes ? arena.take<int32_t>(p.B) : nullptr;
     double cost = 0;
     for (int64_t i = 0; i < num_parts_; ++i) cost += shape(i).cost();
@@ -155,8 +160,9 @@ class Schedule {
  private:
   const AttentionParams& p;
   int64_t parts_per_node_, num_parts_;
-  Part* parts_;    // [num_parts]
-  int32_t* rank_;  // [B] where a sequence stands in the plan's order
+  Part* parts_;                       // [num_parts]
+  const Visible* visible_ = nullptr;  // [num_parts] of selections, whose ends are searched for once
+  int32_t* rank_;                     // [B] where a sequence stands in the plan's order
   int threads_;
   int64_t tasks_ = 0, max_rows_ = 1, max_heads_ = 1;
   bool any_packed_ = false;
@@ -168,10 +174,17 @@ class Schedule {
   int64_t part_index(int64_t node, int64_t g) const { return parts_per_node_ == 1 ? node : node * p.Hkv + g; }
   int64_t partial_size(const Shape& s) const { return round_up(s.block_rows * (p.Dv + 2), 16); }
 
+  int64_t node_of(int64_t i) const { return parts_per_node_ == 1 ? i : i / p.Hkv; }
+  int64_t group_of(int64_t i) const { return parts_per_node_ == 1 ? 0 : i % p.Hkv; }
+  Visible visible_part(int64_t i) const {  // without a plan
+    const int64_t b = node_of(i), g = group_of(i);
+    return p.selection.index ? visible_selected(p, b, g) : visible_tokens(p, b, g);
+  }
+
   Shape shape(int64_t i) const {
     Shape s{};
-    const int64_t node = parts_per_node_ == 1 ? i : i / p.Hkv;
-    s.group = parts_per_node_ == 1 ? 0 : i % p.Hkv;
+    const int64_t node = node_of(i);
+    s.group = group_of(i);
     s.groups = parts_per_node_ == 1 ? p.Hkv : 1;
     int64_t sequences = 1;
     if (p.plan.nodes) {
@@ -185,7 +198,7 @@ class Schedule {
       s.alone = sequences == 1 && n.parent < 0 && p.plan.leaf[s.sequence] == node;
     } else {
       s.sequence = node;
-      s.visible = visible_tokens(p, node, s.group);
+      s.visible = visible_ ? visible_[i] : visible_part(i);
       s.alone = true;
     }
     s.rows = sequences * p.Tq * group_heads(p, s.group).n;

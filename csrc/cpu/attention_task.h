@@ -15,7 +15,7 @@
 #include "cpu/codes.h"
 #include "cpu/entry.h"
 #include "cpu/rows.h"
-#include "cpu/visible.h"
+#include "cpu/selected.h"
 
 KK_BEGIN
 
@@ -65,15 +65,33 @@ struct Piece {
   const uint8_t* k;  // K side of the page and head (packed) or its first row (16-bit caches: rows k_token apart)
   const uint8_t* v;
   int64_t token;  // first token within the page
+  int64_t start;  // its position in the sequence
   int n, col;     // tokens, and the first one's column in the chunk
 };
 struct Chunk {
   const Pool* pool;
   int pool_index;
-  int64_t start;  // position of column 0 in the sequence
-  int skip;       // columns that do not count: a window may begin inside a tile
+  int64_t start, end;  // positions of the first token and behind the last one; only of a selection more than n apart
+  int skip;            // columns that do not count: a window may begin inside a tile
   int n, pieces;
   Piece piece[kChunk];
+
+  bool one_run() const { return end - start == n; }
+  // Columns of tokens before a position.
+  int64_t column(int64_t position) const {
+    if (position <= start) return 0;
+    if (position >= end) return n;
+    if (one_run()) return position - start;
+    int lo = 0, hi = pieces - 1;  // the first piece that ends behind the position
+    while (lo < hi) {
+      const int mid = (lo + hi) / 2;
+      if (piece[mid].start + piece[mid].n <= position)
+        lo = mid + 1;
+      else
+        hi = mid;
+    }
+    return piece[lo].col + (position > piece[lo].start ? position - piece[lo].start : 0);
+  }
 };
 
 // The rows of a task: some of those of group g that read the pages of sequence b.
@@ -95,12 +113,14 @@ struct Task {
   int rows;
   int64_t k_head, v_head;
   const int32_t* table;  // pages
+  Runs runs;             // of a selection
   Visible visible;
   Unmasked unmasked;
   QueryRow* query;
   float *q, *q_rot, *q_mu, *s, *p_top, *m, *l, *out_rows, *decoded;
   uint16_t* q_bf16;  // the queries as they came, where the processor can multiply them so; else null
   uint8_t* codes;
+  uint8_t* gathered;  // one side of a page of kChunk tokens, where a selection is of single tokens and pages are packed
   struct PoolState {
     float* acc;      // [rows][lanes] sums over V, in the order and basis the pool's format leaves them in
     int32_t* words;  // digits of q_rot in the order of the pool's K codes
@@ -137,6 +157,8 @@ struct Task {
     q_rot = any_packed ? a.take<float>(rows * D) : nullptr;
     decoded = other ? other->decoded : any_packed ? a.take<float>(kChunk * D) : nullptr;
     codes = other ? other->codes : any_packed ? a.take<uint8_t>(kChunk * 2 * D) : nullptr;
+    const bool gathers = any_packed && p.selection.index && p.selection.tokens == 1;
+    gathered = other ? other->gathered : gathers ? a.take<uint8_t>(kChunk * (D + 2 * kGroups)) : nullptr;
     for (int i = 0; i < p.num_pools; ++i) {
       PoolState& st = state[i];
       const bool pk = packed(p.pools[i]);
@@ -172,7 +194,8 @@ struct Task {
     rows = block.rows;
     k_head = block.g / p.k_share;
     v_head = block.g / p.v_share;
-    table = p.page_table + b * p.table_stride;
+    table = p.page_table ? p.page_table + b * p.table_stride : nullptr;
+    runs = selected_runs(p, b, block.g);
     visible = block.visible;
     unmasked = {};
     rot_ready = false;
@@ -233,15 +256,17 @@ struct Task {
           row_scores<D>(LoadF16{row}, c.n, q, D, rows, s, ahead, kAheadScores);
       } else if constexpr (kPackedDim) {
         if constexpr (Fmt::rotated) rotate_q();
+        Chunk copy;
+        const Chunk& x = gathered ? gather<Fmt>(Side::K, c, copy) : c;
 #if defined(__AVX2__)
-        if constexpr (uses_codes<Fmt>) return code_scores<Fmt>(c);
+        if constexpr (uses_codes<Fmt>) return code_scores<Fmt>(x);
 #endif
         if constexpr (same<Fmt, u8>) {
-          u8_scores(c);
+          u8_scores(x);
         } else if constexpr (same<Fmt, kivi2>) {
-          kivi2_scores(c);
+          kivi2_scores(x);
         } else {
-          decode_chunk<Fmt>(Side::K, c);
+          decode_chunk<Fmt>(Side::K, x);
           row_scores<D>(LoadF32{decoded, D}, c.n, q_rot, D, rows, s, ahead, kAheadScores);
           add_q_mu(c.n);
         }
@@ -259,12 +284,42 @@ struct Task {
     for (int j = c.n; j < kRowChunk; ++j) row[j] = row[c.n - 1];
   }
 
+  // Tokens of packed pages, one behind the other as a page of kChunk tokens would hold them: reading the tiles they stand in
+  // would cost up to 16 times the bytes. Of kivi2 the scales of K belong to the page, so its tokens stay where they are.
+  template <typename Fmt>
+  const Chunk& gather(Side side, const Chunk& c, Chunk& to) {
+    if constexpr (!Fmt::rotated) return c;
+    if constexpr (Fmt::rotated) {
+      const auto rows_of = [&](int64_t from_offset, int64_t to_offset, auto bytes) {
+        constexpr int64_t row = bytes.value;
+        for (int i = 0; i < c.pieces; ++i) {
+          const Piece& pc = c.piece[i];
+          const uint8_t* x = (side == Side::K ? pc.k : pc.v) + from_offset + pc.token * row;
+          uint8_t* y = gathered + to_offset + pc.col * row;
+          for (int j = 0; j < pc.n; ++j) memcpy(y + j * row, x + j * row, row);
+        }
+      };
+      rows_of(0, 0, Int<D * Fmt::low_bits / 8>{});
+      if constexpr (Fmt::bits == 3)
+        rows_of(Fmt::plane1_offset(p.page_size, D), Fmt::plane1_offset(kChunk, D), Int<D / 8>{});
+      rows_of(Fmt::scales_offset(p.page_size, D), Fmt::scales_offset(kChunk, D), Int<kGroups * 2>{});
+      to.pool = c.pool;
+      to.pool_index = c.pool_index;
+      to.n = c.n;
+      to.pieces = 1;
+      to.piece[0] = {gathered, gathered, 0, 0, c.n, 0};
+    }
+    return to;
+  }
+  // Tokens of the pages that rotated formats are read from.
+  int64_t page_tokens() const { return gathered ? kChunk : p.page_size; }
+
   template <typename Fmt>
   void decode_chunk(Side side, const Chunk& c) {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       for (int j = 0; j < pc.n; ++j)
-        decode_rotated<Fmt, D>(side == Side::K ? pc.k : pc.v, pc.token + j, p.page_size, decoded + (pc.col + j) * D);
+        decode_rotated<Fmt, D>(side == Side::K ? pc.k : pc.v, pc.token + j, page_tokens(), decoded + (pc.col + j) * D);
     }
   }
 
@@ -280,7 +335,7 @@ struct Task {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       const uint16_t* h =
-          reinterpret_cast<const uint16_t*>((k_side ? pc.k : pc.v) + Fmt::scales_offset(p.page_size, D)) +
+          reinterpret_cast<const uint16_t*>((k_side ? pc.k : pc.v) + Fmt::scales_offset(page_tokens(), D)) +
           pc.token * kGroups;
       const int64_t n = round_up(pc.n, kTile);
       if constexpr (kGroups == 1) {
@@ -417,7 +472,7 @@ struct Task {
     for (int i = 0; i < c.pieces; ++i)
       for (int64_t t = c.piece[i].token; t < c.piece[i].token + c.piece[i].n; t += I::W) {
         low[vectors] = c.piece[i].k + t * low_row;
-        high[vectors++] = c.piece[i].k + Fmt::plane1_offset(p.page_size, D) + t * (D / 8);
+        high[vectors++] = c.piece[i].k + Fmt::plane1_offset(page_tokens(), D) + t * (D / 8);
       }
     constexpr int T = I::W == 16 ? 2 : 1;
     low[vectors] = low[vectors - 1], high[vectors] = high[vectors - 1];  // an odd last one is paired with itself
@@ -473,8 +528,8 @@ struct Task {
         ahead.take(lines);
         Plane<Fmt::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
         if constexpr (planes == 2)
-          Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(p.page_size, D) + (pc.token + t) * (D / 8), D / 8,
-                                            out + D * 4);
+          Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(page_tokens(), D) + (pc.token + t) * (D / 8),
+                                            D / 8, out + D * 4);
       }
     }
     for (int64_t g = 0; g < kGroups; ++g) {
@@ -554,7 +609,7 @@ struct Task {
   void softmax(const Chunk& c) {
     const int64_t cols = round_up(c.n, kTile);
     const int lines = ahead.share(kAheadSoftmax, 2 * rows);
-    const bool masked = c.skip > 0 || c.n < cols || !unmasked.contains(c.start, c.start + c.n);
+    const bool masked = c.skip > 0 || c.n < cols || !unmasked.contains(c.start, c.end);
     for (int r = 0; r < rows; ++r) {
       float* x = s + r * kChunk;
       ahead.take(lines);
@@ -596,10 +651,11 @@ struct Task {
   F mask(float* x, const Chunk& c, int64_t cols, const QueryRow& r) const {
     int64_t lo = c.skip, hi = c.n;
     if (sees_one_run(p)) {
-      if (r.begin - c.start > lo) lo = clamp(r.begin - c.start, c.n);
-      hi = clamp(r.base + r.t + 1 - c.start, c.n);
+      const int64_t begin = c.column(r.begin);
+      if (begin > lo) lo = begin;
+      hi = c.column(r.base + r.t + 1);
     } else {
-      hide_tokens(p, r, c.start, c.n, x);
+      hide_tokens(p, r, [&](int64_t position) { return c.column(position); }, x);
     }
     const F none = F::fill(-INFINITY);
     F top = none;
@@ -626,11 +682,17 @@ struct Task {
 
   void add_alibi(float* x, const Chunk& c, const QueryRow& r) const {
     const float slope = p.alibi_slopes[r.b * p.alibi_stride + r.head];
-    for (int j = 0; j < c.n; ++j) x[j] -= slope * static_cast<float>(r.position - (c.start + j));
-    if (p.tree_mask && c.start + c.n > r.base)  // a token of the tree stands not at its number, but at its depth
+    const auto add = [&](int64_t distance, float* y, int n) {
+      for (int j = 0; j < n; ++j) y[j] -= slope * static_cast<float>(distance - j);
+    };
+    if (c.one_run())
+      add(r.position - c.start, x, c.n);
+    else
+      for (int i = 0; i < c.pieces; ++i) add(r.position - c.piece[i].start, x + c.piece[i].col, c.piece[i].n);
+    if (p.tree_mask && c.end > r.base)  // a token of the tree stands not at its number, but at its depth
       for (int64_t j = 0; j < p.Tq; ++j) {
-        const int64_t column = r.base + j - c.start;
-        if (column >= 0 && column < c.n) x[column] -= slope * static_cast<float>(j - depth(p, r.b, j));
+        const int64_t column = c.column(r.base + j);
+        if (column < c.column(r.base + j + 1)) x[column] -= slope * static_cast<float>(j - depth(p, r.b, j));
       }
   }
 
@@ -654,15 +716,17 @@ struct Task {
         else
           row_accumulate<DV>(LoadF16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
       } else if constexpr (kPackedDim) {
+        Chunk copy;
+        const Chunk& x = gathered ? gather<Fmt>(Side::V, c, copy) : c;
 #if defined(__AVX2__)
-        if constexpr (uses_codes<Fmt>) return code_accumulate<Fmt>(c, st);
+        if constexpr (uses_codes<Fmt>) return code_accumulate<Fmt>(x, st);
 #endif
         if constexpr (same<Fmt, u8>) {
-          u8_accumulate(c, st);
+          u8_accumulate(x, st);
         } else if constexpr (same<Fmt, kivi2>) {
-          kivi2_accumulate(c, st);
+          kivi2_accumulate(x, st);
         } else {
-          decode_chunk<Fmt>(Side::V, c);
+          decode_chunk<Fmt>(Side::V, x);
           row_accumulate<D>(LoadF32{decoded, D}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
         }
       }
@@ -765,6 +829,10 @@ struct Task {
     if (pos >= visible.sink && pos < visible.begin) pos = visible.begin;
     const int64_t limit = pos < visible.sink ? visible.sink : visible.end, end = to < limit ? to : limit;
     if (pos >= end) return false;
+    if (runs.index) {
+      selected_chunk(c, pos, end);
+      return true;
+    }
     int64_t index = pos / p.page_size, token = pos - index * p.page_size;
     c.pool_index = table[index] >> 28;
     c.pool = &p.pools[c.pool_index];
@@ -781,12 +849,56 @@ struct Task {
       if (n > end - pos) n = end - pos;
       if (n > most - c.n) n = most - c.n;
       c.piece[c.pieces++] = {c.pool->k + page * c.pool->k_page + k_head * c.pool->k_head,
-                             c.pool->v + page * c.pool->v_page + v_head * c.pool->v_head, token, static_cast<int>(n),
+                             c.pool->v + page * c.pool->v_page + v_head * c.pool->v_head,
+                             token,
+                             pos,
+                             static_cast<int>(n),
                              c.n};
       c.n += static_cast<int>(n);
       pos += n;
     }
+    c.end = pos;
     return true;
+  }
+
+  // The same along the selected runs, pos < end. Tokens that follow one another in a page are one piece.
+  void selected_chunk(Chunk& c, int64_t& pos, int64_t end) const {
+    const uint32_t run_tokens = static_cast<uint32_t>(runs.tokens), page_size = static_cast<uint32_t>(p.page_size);
+    int64_t run = pos / runs.tokens, in_run = pos - run * runs.tokens, most = 0;
+    c.skip = c.n = c.pieces = 0;
+    c.pool = nullptr;
+    do {
+      const uint32_t position = static_cast<uint32_t>(runs.index[run]) * run_tokens + static_cast<uint32_t>(in_run);
+      const uint32_t logical = position / page_size, token = position - logical * page_size;
+      const int32_t entry = runs.entries ? runs.entries[run] : table[logical];
+      if (!c.pool) {
+        c.pool_index = entry >> 28;
+        c.pool = &p.pools[c.pool_index];
+        c.start = position;
+        most = read_as_codes(*c.pool) ? kChunk : kRowChunk;
+      } else if (entry >> 28 != c.pool_index) {
+        break;
+      }
+      int64_t n = runs.tokens - in_run;
+      if (n > end - pos) n = end - pos;
+      if (n > most - c.n) n = most - c.n;
+      if (token > 0 && c.n > 0 && c.end == position) {
+        c.piece[c.pieces - 1].n += static_cast<int>(n);
+      } else {
+        const int64_t page = entry & kPageMask;
+        c.piece[c.pieces++] = {c.pool->k + page * c.pool->k_page + k_head * c.pool->k_head,
+                               c.pool->v + page * c.pool->v_page + v_head * c.pool->v_head,
+                               token,
+                               position,
+                               static_cast<int>(n),
+                               c.n};
+      }
+      c.n += static_cast<int>(n);
+      c.end = position + n;
+      pos += n;
+      ++run;
+      in_run = 0;
+    } while (c.n < most && pos < end);
   }
 
   void finish() {

@@ -36,7 +36,8 @@ inline int64_t depth(const AttentionParams& p, int64_t b, int64_t t) {
   return p.tree_mask ? __builtin_popcount(own_tokens(p, b, t)) - 1 : t;
 }
 
-// Tokens [0, sink) and [begin, end), sink <= begin: what some query of a sequence sees. No page between is looked at.
+// Tokens [0, sink) and [begin, end), sink <= begin: what some query of a sequence sees. No page between is looked at. With a
+// selection they are counted along its tokens (selected.h).
 struct Visible {
   int64_t sink, begin, end;
   int64_t tokens() const { return sink + end - begin; }
@@ -96,13 +97,17 @@ struct Unmasked {
   bool contains(int64_t from, int64_t to) const { return to <= end && (from >= begin || to <= sink); }
 };
 
-// Scores x[0] ... x[n - 1] of the tokens from `start` on become -inf where the row does not see the token.
-inline void hide_tokens(const AttentionParams& p, const QueryRow& r, int64_t start, int64_t n, float* x) {
-  const auto column = [&](int64_t token) { return token < start ? 0 : token > start + n ? n : token - start; };
+// Scores x of tokens in ascending order become -inf where the row does not see the token; column(i) of them stand before
+// position i.
+template <typename Column>
+inline void hide_tokens(const AttentionParams& p, const QueryRow& r, const Column& column, float* x) {
   const int64_t from = column(r.sink), to = column(r.begin < r.base ? r.begin : r.base);
   for (int64_t i = from; i < to; ++i) x[i] = -INFINITY;
-  for (int64_t j = 0; j < p.Tq; ++j)
-    if (!(r.own >> j & 1) && r.base + j >= start && r.base + j < start + n) x[r.base + j - start] = -INFINITY;
+  for (int64_t j = 0; j < p.Tq; ++j) {
+    if (r.own >> j & 1) continue;
+    const int64_t i = column(r.base + j);
+    if (i < column(r.base + j + 1)) x[i] = -INFINITY;
+  }
 }
 
 KK_END
