@@ -5,44 +5,15 @@
 #include <cstring>
 
 #include "bind/exec.h"
+#include "bind/pool.h"
+#include "bind/selection.h"
 
 namespace kk::bind {
 namespace {
 
-int64_t pages_of(const AttentionParams& p, int64_t tokens) { return (tokens + p.page_size - 1) / p.page_size; }
-
-// Values on the device of a CPU call are visible, so a bad one is an error and not a read outside the pool.
-void check_entries(const Check& c, const AttentionParams& p, const PageNames& names, int64_t b, int64_t first,
-                   int64_t end) {
-  const int32_t* row = p.page_table + b * p.table_stride;
-  for (int64_t i = first; i < end; ++i) {
-    const int32_t entry = row[i];
-    const int64_t pool = entry >> 28, page = entry & kPageMask;
-    const bool pool_exists = entry >= 0 && pool < p.num_pools;
-    if (pool_exists && page < p.pools[pool].num_pages) continue;
-    if (names.cache)
-      c.refuse(names.table, "[", b, ", ", i, "] = ", entry, ", but ", names.cache, " has ", p.pools[0].num_pages,
-               " blocks");
-    if (!pool_exists)
-      c.refuse(names.table, "[", b, ", ", i, "] = ", entry, " means pool ", pool, ", but there are ", p.num_pools);
-    c.refuse(names.table, "[", b, ", ", i, "] means page ", page, " of pool ", pool, ", which has ",
-             p.pools[pool].num_pages, " pages");
-  }
-}
-
-void check_lengths(const Check& c, const AttentionParams& p, const PageNames& names) {
-  for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t len = p.seq_lens[b];
-    if (len < 0) c.refuse("seq_lens[", b, "] = ", len, " is negative");
-    if (pages_of(p, len) > p.max_pages)
-      c.refuse(names.table, " is too narrow: seq_lens[", b, "] = ", len, " needs ", pages_of(p, len), " pages of ",
-               p.page_size, " tokens, but ", names.table, ".size(1) = ", p.max_pages);
-  }
-}
-
 // What no head sees is not looked at; the caller may have freed it: pages before a window, and between the sinks and the
 // windows of the heads.
-void check_seen_pages(const Check& c, const AttentionParams& p, const PageNames& names) {
+void check_seen_pages(const Check& c, const AttentionParams& p, const PageTable& table) {
   int64_t sink = 0, window = p.window_left;
   for (int64_t g = 0; p.head_windows && g < p.Hkv; ++g) {
     const int32_t *own = p.head_windows + 2 * g, own_sink = own[0], own_window = own[1];
@@ -51,10 +22,10 @@ void check_seen_pages(const Check& c, const AttentionParams& p, const PageNames&
     window = g == 0 ? own_window : window < 0 || own_window < 0 ? -1 : std::max<int64_t>(window, own_window);
   }
   for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t len = p.seq_lens[b], end = pages_of(p, len);
+    const int64_t len = p.seq_lens[b], end = table.pages_of(len);
     const int64_t first = window < 0 ? 0 : std::max<int64_t>(0, len - p.Tq - window) / p.page_size;
-    check_entries(c, p, names, b, 0, std::min(first, pages_of(p, std::min(sink, len))));
-    check_entries(c, p, names, b, first, end);
+    check_entries(c, table, b, 0, std::min(first, table.pages_of(std::min(sink, len))));
+    check_entries(c, table, b, first, end);
   }
 }
 
@@ -69,7 +40,7 @@ void check_tree(const Check& c, const AttentionParams& p) {
 }
 
 // The nodes hold every token of every sequence once, and those that share one have its pages in common.
-void check_plan(const Check& c, const AttentionParams& p, const PageNames& names) {
+void check_plan(const Check& c, const AttentionParams& p, const PageTable& table) {
   const SharingPlan& plan = p.plan;
   std::vector<int32_t> place(static_cast<size_t>(p.B), -1);  // in order
   for (int64_t i = 0; i < p.B; ++i) {
@@ -92,7 +63,7 @@ void check_plan(const Check& c, const AttentionParams& p, const PageNames& names
       bad("does not continue its parent");
     const bool shared = n.last - n.first > 1;
     if (shared && n.end % p.page_size) bad("is shared, but does not end with a page");
-    const int64_t first_page = n.begin / p.page_size, end_page = pages_of(p, n.end), leader = plan.order[n.first];
+    const int64_t first_page = n.begin / p.page_size, end_page = table.pages_of(n.end), leader = plan.order[n.first];
     for (int32_t s = n.first; s < n.last; ++s) {
       const int32_t b = plan.order[s];
       const int64_t len = p.seq_lens[b];
@@ -101,12 +72,13 @@ void check_plan(const Check& c, const AttentionParams& p, const PageNames& names
                  shared ? ", and the queries' own tokens are not shared" : "",
                  "; was the plan made from these lengths, with num_queries = ", p.Tq, "?");
       if (s == n.first) {
-        check_entries(c, p, names, b, first_page, end_page);
+        check_entries(c, table, b, first_page, end_page);
       } else if (std::memcmp(p.page_table + b * p.table_stride + first_page,
                              p.page_table + leader * p.table_stride + first_page,
                              static_cast<size_t>(end_page - first_page) * sizeof(int32_t)) != 0) {
-        c.refuse("plan.nodes[", i, "] is shared by sequences ", leader, " and ", b, ", but their rows of ", names.table,
-                 " differ within tokens ", n.begin, " to ", n.end, "; was the plan made from this table?");
+        c.refuse("plan.nodes[", i, "] is shared by sequences ", leader, " and ", b, ", but their rows of ",
+                 table.names.table, " differ within tokens ", n.begin, " to ", n.end,
+                 "; was the plan made from this table?");
       }
     }
   }
@@ -209,29 +181,17 @@ void fill_plan(Check& c, AttentionParams& p, const AttentionOptions& o) {
 
 }  // namespace
 
-Queries check_queries(Check& c, const Tensor& arg, AttentionParams& p) {
-  Queries q{{}, arg.dim() == 4};
-  if (!q.several && arg.dim() != 3) {
-    const View v = view("q", arg);
-    c.refuse("q must be [B, Hq, D] or [B, Tq, Hq, D], got ", shape_text(v.size, v.dim));
-  }
-  const View& v = q.view = c.is("q", arg, kFloats, q.several ? "B Tq Hq D" : "B Hq D");
-  p.B = v.size[0];
-  p.Tq = q.several ? v.size[1] : 1;
-  p.Hq = v.size[v.dim - 2];
-  p.D = v.size[v.dim - 1];
-  if (p.Tq < 1 || p.Tq > 16) c.refuse("q must have 1 to 16 tokens per sequence, got Tq = ", p.Tq, " from q.size(1)");
-  p.q = v.data();
-  p.q_batch = v.stride[0], p.q_token = q.several ? v.stride[1] : 0, p.q_head = v.stride[v.dim - 2];
-  p.dtype = dtype_of(v);
-  return q;
-}
-
-void check_heads(const Check& c, const Queries& q, int64_t kv_heads, const char* name, const char* from) {
-  const int64_t Hq = q.view.size[q.view.dim - 2];
-  if (kv_heads < 1 || Hq % kv_heads)
-    c.refuse("Hq must be a multiple of ", name, "; Hq = ", Hq, " from q.size(", q.view.dim - 2, "), ", name, " = ",
-             kv_heads, " from ", from);
+void fill_pools(Check& c, AttentionParams& p, const Queries& q, const std::vector<Tensor>& pools,
+                const std::vector<int64_t>& formats, int64_t page_size, const std::optional<Tensor>& centre,
+                const std::optional<Tensor>& balance, bool mapped) {
+  p.num_pools = make_pools(c, pools, formats, page_size, p.D, q.D_from(), p.pools);
+  p.page_size = page_size;
+  p.Hkv = pools[0].size(1);
+  p.k_share = p.v_share = 1;
+  p.Dv = p.D;
+  c.bind("Dv", p.Dv, "D");
+  if (!mapped) check_heads(c, q, p.Hkv, "Hkv", "pool 0");
+  p.transform = make_transform(c, centre, balance);
 }
 
 void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& names, const Tensor& page_table_arg,
@@ -294,11 +254,15 @@ void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& nam
   if (p.B == 0 || p.Hq == 0) return;
 
   if (c.on_cpu()) {
-    check_lengths(c, p, names);
+    PageTable table = page_table_of(p, names);
+    if (p.selection.entries) table.max_pages = kAnyWidth;
+    check_lengths(c, table);
     if (p.plan.nodes)
-      check_plan(c, p, names);
+      check_plan(c, p, table);
+    else if (p.selection.index)
+      check_selection(c, p, table);
     else
-      check_seen_pages(c, p, names);
+      check_seen_pages(c, p, table);
     if (p.tree_mask) check_tree(c, p);
   }
   on_device(c, [&](const auto& exec) {

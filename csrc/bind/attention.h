@@ -2,13 +2,16 @@
 //
 //   Check c("op");
 //   AttentionParams p{};
-//   const Queries q = check_queries(c, q_arg, p);  // binds B Tq Hq D
+//   const Queries q = check_queries(c, q_arg);  // binds B Tq Hq D
+//   q.fill(p);
 //   ... pools, page_size, Hkv, k_share, v_share, Dv, transform; binds Dv, and Hkv where K and V have as many heads ...
 //   attend(c, p, q, names, page_table, seq_lens, options, out, lse);
 #pragma once
 #include <vector>
 
 #include "bind/check.h"
+#include "bind/page_table.h"
+#include "bind/queries.h"
 #include "kvkernels/ops/attention.h"
 
 namespace kk::bind {
@@ -27,25 +30,15 @@ struct AttentionOptions {
   const std::optional<std::vector<int64_t>>& head_map;
   const std::optional<std::vector<Tensor>>& plan;
 };
-// Their part of a schema.
+// Their part of a schema, but for plan.
 #define KK_ATTENTION_OPTIONS                                                                                           \
   "float scale, SymInt window_left, float softcap, Tensor? sinks, Tensor? alibi_slopes, SymInt split_tokens, Tensor? " \
-  "tree_mask, Tensor? head_windows, Tensor[]? extra, int[]? head_map, Tensor[]? plan"
+  "tree_mask, Tensor? head_windows, Tensor[]? extra, int[]? head_map"
 
-struct Queries {
-  View view;
-  bool several;  // [B, Tq, Hq, D], else [B, Hq, D]
-};
-Queries check_queries(Check& c, const Tensor& q, AttentionParams& p);
-
-// Hq must be a multiple of the KV heads; they are `name`, and their number came from `from`.
-void check_heads(const Check& c, const Queries& q, int64_t kv_heads, const char* name, const char* from);
-
-// How messages call what differs.
-struct PageNames {
-  const char* table;
-  const char* cache;  // that the entries of the table are pages of; null: they name a pool too
-};
+// K and V in the pools of a PagedKV: all that has to be known before attend. With a head map Hq may be any.
+void fill_pools(Check& c, AttentionParams& p, const Queries& q, const std::vector<Tensor>& pools,
+                const std::vector<int64_t>& formats, int64_t page_size, const std::optional<Tensor>& centre,
+                const std::optional<Tensor>& balance, bool mapped);
 
 // Checks the rest, fills it in and runs.
 void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& names, const Tensor& page_table,

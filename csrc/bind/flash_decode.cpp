@@ -20,12 +20,13 @@ void flash_decode(const Tensor& q_arg, const Tensor& k_cache, const Tensor& v_ca
                   const std::optional<std::vector<Tensor>>& plan, const Tensor& out, const std::optional<Tensor>& lse) {
   Check c("flash_decode");
   AttentionParams p{};
-  const Queries q = check_queries(c, q_arg, p);
+  const Queries q = check_queries(c, q_arg);
+  q.fill(p);
   const View k = c.is("k_cache", k_cache, kF16 | kBF16, "num_blocks page_size Hk D");
   p.page_size = k.size[1];
   if (p.page_size < 1) c.refuse("k_cache must have pages of at least 1 token, got ", shape_text(k.size, 4));
   p.Dv = p.D == 576 ? 512 : p.D;
-  if (p.D != 576) check_head_dim(c, p.D, q.several ? "q.size(3)" : "q.size(2)", " (or 576, with values of 512)");
+  if (p.D != 576) check_head_dim(c, p.D, q.D_from(), " (or 576, with values of 512)");
   c.bind("Dv", p.Dv, p.D == 576 ? "D = 576" : "D");
   const View v = c.is("v_cache", v_cache, kF16 | kBF16, "num_blocks page_size Hv Dv");
 
@@ -51,7 +52,7 @@ void flash_decode(const Tensor& q_arg, const Tensor& k_cache, const Tensor& v_ca
   if (pool.num_pages > kPageMask + 1)
     c.refuse("k_cache has ", pool.num_pages, " blocks, but at most 2^28 are told apart");
   attend(
-      c, p, q, {"block_table", "k_cache"}, block_table, seq_lens,
+      c, p, q, {"block_table", "k_cache", nullptr}, block_table, seq_lens,
       {scale, window_left, softcap, sinks, alibi_slopes, split_tokens, tree_mask, head_windows, extra, head_map, plan},
       out, lse);
 }
@@ -62,6 +63,6 @@ void flash_decode(const Tensor& q_arg, const Tensor& k_cache, const Tensor& v_ca
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
-      "seq_lens, " KK_ATTENTION_OPTIONS ", Tensor(a!) out, Tensor(b!)? lse) -> ()");
+      "seq_lens, " KK_ATTENTION_OPTIONS ", Tensor[]? plan, Tensor(a!) out, Tensor(b!)? lse) -> ()");
 }
 KK_REGISTER(flash_decode)

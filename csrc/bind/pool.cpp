@@ -129,6 +129,25 @@ Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, c
   return p;
 }
 
+int make_pools(Check& c, const std::vector<Tensor>& tensors, const std::vector<int64_t>& formats, int64_t page_size,
+               int64_t head_dim, const char* head_dim_from, Pool* pools) {
+  if (formats.empty()) c.refuse("kv needs at least one pool");
+  if (formats.size() > kMaxPools)
+    c.refuse("kv has ", formats.size(), " pools, but a page table tells at most ", kMaxPools, " apart");
+  size_t used = 0;
+  for (size_t i = 0; i < formats.size(); ++i) {
+    const PoolNames& names = kPoolNames[i];
+    const FormatCode f = format_code(c, names.record, formats[i]);
+    check_geometry(c, names.record, f, page_size, head_dim, head_dim_from);
+    if (used + 1 + f.two_caches > tensors.size())
+      c.refuse("formats ask for more tensors than the ", tensors.size(), " in pools");
+    pools[i] = make_pool(c, names, f, tensors[used], f.two_caches ? &tensors[used + 1] : nullptr, page_size, head_dim);
+    used += 1 + f.two_caches;
+  }
+  if (used != tensors.size()) c.refuse("formats ask for ", used, " tensors, but pools has ", tensors.size());
+  return static_cast<int>(formats.size());
+}
+
 KeyTransform make_transform(Check& c, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance) {
   const View mu = c.is("centre", centre, kF32, "Hkv D"), t = c.is("balance", balance, kF32, "Hkv D");
   KeyTransform transform{nullptr, nullptr};

@@ -1,5 +1,7 @@
 // From the tensors of a pool and its format number to kk::Pool.
 #pragma once
+#include <vector>
+
 #include "bind/check.h"
 
 namespace kk::bind {
@@ -33,6 +35,10 @@ Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tens
 // As make_pool, and the pool is going to be written.
 Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first,
                         const Tensor* second, int64_t page_size, int64_t head_dim);
+
+// All pools of a PagedKV: formats[i] says whether pool i takes one or two of the tensors. Returns how many there are.
+int make_pools(Check& c, const std::vector<Tensor>& tensors, const std::vector<int64_t>& formats, int64_t page_size,
+               int64_t head_dim, const char* head_dim_from, Pool* pools);
 
 KeyTransform make_transform(Check& c, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance);
 

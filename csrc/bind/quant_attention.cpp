@@ -20,32 +20,12 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
                      const std::optional<Tensor>& lse) {
   Check c("quant_attention");
   AttentionParams p{};
-  const Queries q = check_queries(c, q_arg, p);
+  const Queries q = check_queries(c, q_arg);
+  q.fill(p);
 
-  if (formats.empty()) c.refuse("kv needs at least one pool");
-  if (formats.size() > kMaxPools)
-    c.refuse("kv has ", formats.size(), " pools, but a page table tells at most ", kMaxPools, " apart");
-  size_t used = 0;
-  for (size_t i = 0; i < formats.size(); ++i) {
-    const PoolNames& names = kPoolNames[i];
-    const FormatCode f = format_code(c, names.record, formats[i]);
-    check_geometry(c, names.record, f, page_size, p.D, q.several ? "q.size(3)" : "q.size(2)");
-    if (used + 1 + f.two_caches > pools.size())
-      c.refuse("formats ask for more tensors than the ", pools.size(), " in pools");
-    p.pools[i] = make_pool(c, names, f, pools[used], f.two_caches ? &pools[used + 1] : nullptr, page_size, p.D);
-    used += 1 + f.two_caches;
-  }
-  if (used != pools.size()) c.refuse("formats ask for ", used, " tensors, but pools has ", pools.size());
-  p.num_pools = static_cast<int>(formats.size());
-  p.page_size = page_size;
-  p.Hkv = pools[0].size(1);
-  p.k_share = p.v_share = 1;
-  p.Dv = p.D;
-  c.bind("Dv", p.Dv, "D");
-  if (!head_map) check_heads(c, q, p.Hkv, "Hkv", "pool 0");
-  p.transform = make_transform(c, centre, balance);
+  fill_pools(c, p, q, pools, formats, page_size, centre, balance, head_map.has_value());
   attend(
-      c, p, q, {"page_table", nullptr}, page_table, seq_lens,
+      c, p, q, {"page_table", nullptr, nullptr}, page_table, seq_lens,
       {scale, window_left, softcap, sinks, alibi_slopes, split_tokens, tree_mask, head_windows, extra, head_map, plan},
       out, lse);
 }
@@ -56,6 +36,7 @@ void quant_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "quant_attention(Tensor q, Tensor[] pools, int[] formats, SymInt page_size, Tensor page_table, Tensor seq_lens, "
-      "Tensor? centre, Tensor? balance, " KK_ATTENTION_OPTIONS ", Tensor(a!) out, Tensor(b!)? lse) -> ()");
+      "Tensor? centre, Tensor? balance, " KK_ATTENTION_OPTIONS
+      ", Tensor[]? plan, Tensor(a!) out, Tensor(b!)? lse) -> ()");
 }
 KK_REGISTER(quant_attention)

@@ -1,4 +1,4 @@
-"""Measure the basis in which rotated formats store keys."""
+"""Measure keys and queries: the basis in which rotated formats store keys, and the channels that tell keys apart."""
 
 import torch
 from torch import Tensor
@@ -59,3 +59,45 @@ def calibrate_keys(k: Tensor, q: Tensor | None = None, skip: int = 16) -> KVTran
         usable = (spread > 2.0**-40 * keys.square().mean(0)) & ratio.isfinite() & (ratio > 0)
         balance = torch.where(usable, ratio, 1.0) ** 0.25
     return KVTransform(centre.float(), balance.float())
+
+
+def calibrate_channels(k: Tensor, q: Tensor | None = None, r: int | None = None) -> Tensor:
+    """The channels of each KV head that say most about q.k, for `page_summaries(kind="channels")`.
+
+    k:  [T, Hkv, D] or [B, T, Hkv, D], any float dtype, after RoPE, as they enter the cache; any tokens of the layer
+    q:  [T', Hq, D] or [B', T', Hq, D] after RoPE, Hq a multiple of Hkv; None: keys alone decide
+    r:  how many channels, 1 to D; None: D / 16, but at least 8
+
+    Returns int32 [Hkv, r] on k's device, ascending: the channels of largest mean |q| * mean |k|, q over all query heads
+    of the KV head; of equal ones the lower. Raises ValueError for an empty k or q, a shape or r that does not fit, NaN
+    or Inf.
+
+    Source: Yang et al. 2024, arXiv:2408.07092 (Double Sparsity), its offline calibration by |q k|.
+    """
+    for name, x in (("k", k), ("q", q)):
+        if x is None:
+            continue
+        if not x.is_floating_point():
+            raise TypeError(f"calibrate_channels: {name} must be floating point; got {x.dtype}")
+        if x.dim() not in (3, 4) or x.numel() == 0:
+            raise ValueError(
+                f"calibrate_channels: {name} must be [T, heads, D] or [B, T, heads, D], and not empty; "
+                f"got {list(x.shape)}"
+            )
+    heads, head_dim = k.shape[-2:]
+    r = max(8, head_dim // 16) if r is None else r
+    if not 1 <= r <= head_dim:
+        raise ValueError(f"calibrate_channels: r must be 1 to {head_dim}, k's head_dim; got {r}")
+    weight = k.detach().double().abs().reshape(-1, heads, head_dim).mean(0)
+    if q is not None:
+        if q.shape[-1] != head_dim or q.shape[-2] % heads:
+            raise ValueError(
+                f"calibrate_channels: q must be [..., Hq, {head_dim}] with Hq a multiple of {heads}, from k's heads "
+                f"and head_dim; got {list(q.shape)}"
+            )
+        queries = q.detach().to(weight).abs().reshape(-1, heads, q.shape[-2] // heads, head_dim)
+        weight = weight * queries.mean((0, 2))
+    if not weight.isfinite().all():
+        raise ValueError("calibrate_channels: k or q holds NaN or Inf; pass only the tokens that were written")
+    best = weight.sort(dim=1, descending=True, stable=True).indices[:, :r]
+    return best.sort(dim=1).values.int()

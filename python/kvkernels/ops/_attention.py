@@ -11,7 +11,7 @@ from torch import Tensor
 from kvkernels.ops import _reference
 from kvkernels.plan import Plan
 
-NO_PAGE = 0x7FFFFFFF  # a page-table entry that must not be looked at: pool 7, page 2^28 - 1
+NO_PAGE = _reference.NO_PAGE
 Extra = tuple[Tensor, Tensor, Tensor]
 
 
@@ -35,8 +35,11 @@ def reference(
     plan: Plan | None = None,
     return_lse: bool = False,
     dtype: torch.dtype = torch.float64,
+    selected: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention, one query and head at a time, in `dtype`. split_tokens and plan change nothing.
+
+    selected: bool [B, groups, tokens], what a KV head reads; None: everything.
 
     rows(b, seen) -> keys [L, Hk, D] and values [L, Hv, v_dim] of sequence b; seen bool [L]: other tokens are not used.
     """
@@ -63,6 +66,8 @@ def reference(
             for g, (sink, recent) in enumerate(head_windows.tolist()):
                 if recent >= 0:
                     sees[g] = visible & ((key_at < sink) | (key_at >= query_at[:, None] - recent))
+        if selected is not None:
+            sees = [visible_to & selected[b, g, :length] for g, visible_to in enumerate(sees)]
         keys, values = rows(b, torch.stack(sees).any(0).any(0))
         for i in range(Tq):
             for h in range(Hq):

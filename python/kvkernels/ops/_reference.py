@@ -1,12 +1,16 @@
 """What the references and the input makers share: pages one at a time, with every id checked."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kvkernels.formats import codec, decode_page, encode_page, format
-from kvkernels.paged_kv import KVTransform, PagedKV
+from kvkernels.paged_kv import PAGE_BITS, KVTransform, PagedKV
 
 POISON = 0xFF  # as a byte of a 16-bit number or of an fp16 scale it makes NaN
+NO_PAGE = 0x7FFFFFFF  # a page-table entry that must not be looked at: pool 7, page 2^28 - 1
 
 
 def read_page(kv: PagedKV, pool: int, page: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -81,18 +85,59 @@ def cache_dtype(name: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "f16": torch.float16}[name]
 
 
-def poison_page(kv: PagedKV, pool: int, page: int) -> None:
+def poison_page(kv: PagedKV, pool: int, page: int, heads: slice = slice(None)) -> None:
     data = kv.pools[pool]
     for part in data if isinstance(data, tuple) else (data,):
-        part[page] = float("nan") if part.dtype.is_floating_point else POISON
+        part[page, heads] = float("nan") if part.dtype.is_floating_point else POISON
 
 
-def poison_tokens(kv: PagedKV, pool: int, page: int, first: int, head_dim: int) -> None:
-    """Tokens first ... page_size - 1 of a page."""
+def poison_tokens(kv: PagedKV, pool: int, page: int, tokens: Iterable[int], head_dim: int,
+                  heads: slice = slice(None)) -> None:  # fmt: skip
+    """Of a page, in all KV heads or some."""
     data = kv.pools[pool]
-    if isinstance(data, tuple):
-        for part in data:
-            part[page, :, first:] = float("nan")
-        return
-    for token in range(first, kv.page_size):
-        data[page][:, token_positions(kv, pool, token, head_dim)] = POISON
+    for token in tokens:
+        if isinstance(data, tuple):
+            for part in data:
+                part[page, heads, token] = float("nan")
+        else:
+            where = token_positions(kv, pool, token, head_dim)
+            data[page, heads][:, where] = POISON
+
+
+def random_cache(
+    case: dict[str, Any], gen: torch.Generator, seen: Callable[[int], Iterable[int]]
+) -> tuple[PagedKV, Tensor]:
+    """A cache and a page table for sequences of case["lens"] tokens, whose pages go round the pools. What must not be
+    read is poisoned: pages of nobody and tokens past the end; entries of pages that seen(length) lacks are no pages."""
+    heads, D, page_size = case["Hkv"], case["D"], case["page_size"]
+    lens, names = case["lens"], case["formats"]
+    transform = random_transform(heads, D, gen) if case.get("transform") else None
+    pages = [-(-n // page_size) for n in lens]
+    count = sum(-(-n // len(names)) for n in pages) + 2
+    pools = tuple(random_pool(name, count, heads, page_size, D, transform, gen) for name in names)
+    kv = PagedKV(pools, tuple(format(name.partition(" ")[0]) for name in names), page_size, transform)
+
+    free = [torch.randperm(count, generator=gen).tolist() for _ in names]
+    table = torch.full((len(lens), max(pages, default=0) + 2), NO_PAGE, dtype=torch.int32)
+    for b, length in enumerate(lens):
+        for i in seen(length):
+            pool = (b + i) % len(names)
+            page = free[pool].pop()
+            table[b, i] = pool << PAGE_BITS | page
+            poison_tokens(kv, pool, page, range(max(0, length - i * page_size), page_size), D)
+    for pool, rest in enumerate(free):
+        for page in rest:
+            poison_page(kv, pool, page)
+    return kv, table
+
+
+def keys_of(kv: PagedKV, page_table: Tensor, b: int, begin: int, end: int, dtype: torch.dtype, D: int) -> Tensor:
+    """Keys [Hkv, end - begin, D] of tokens of a sequence."""
+    size = kv.page_size
+    if end > page_table.shape[1] * size:
+        raise ValueError(f"page_table is too narrow: sequence {b} has {end} tokens in pages of {size}")
+    parts = []
+    for i in range(begin // size, -(-end // size)):
+        page = read_page(kv, *locate(kv, int(page_table[b, i]), f"page_table[{b}, {i}]"), D, dtype)[0]
+        parts.append(page[:, max(0, begin - i * size) : end - i * size])
+    return torch.cat(parts, 1) if parts else torch.zeros(kv.num_kv_heads, 0, D, dtype=dtype)

@@ -156,7 +156,7 @@ def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str
         place = free[pool].pop()
         entry[page] = pool << PAGE_BITS | place
         if used[page] < page_size:
-            _reference.poison_tokens(kv, pool, place, used[page], D)
+            _reference.poison_tokens(kv, pool, place, range(used[page], page_size), D)
     for pool, rest in enumerate(free):
         for place in rest:
             _reference.poison_page(kv, pool, place)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvkernels.formats import format, formats
 from kvkernels.ops import _args, _attention, _reference
-from kvkernels.paged_kv import PAGE_BITS, PagedKV
+from kvkernels.paged_kv import PagedKV
 from kvkernels.plan import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -230,31 +230,13 @@ def cases() -> list[dict[str, Any]]:
 
 
 def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pages of a sequence go round the pools. What must not be read is poisoned: pages of nobody, tokens past the end,
-    pages outside of windows; table entries that must not be read are no pages at all."""
+    """Pages outside of windows are no pages at all."""
     gen = torch.Generator().manual_seed(seed)
-    heads, D, page_size = case["Hkv"], case["D"], case["page_size"]
-    lens, names = case["lens"], case["formats"]
-    transform = _reference.random_transform(heads, D, gen) if case.get("transform") else None
-    pages = [-(-n // page_size) for n in lens]
-    count = sum(-(-n // len(names)) for n in pages) + 2
-    pools = tuple(_reference.random_pool(name, count, heads, page_size, D, transform, gen) for name in names)
-    kv = PagedKV(pools, tuple(format(name.partition(" ")[0]) for name in names), page_size, transform)
-
-    free = [torch.randperm(count, generator=gen).tolist() for _ in names]
-    table = torch.full((len(lens), max(pages, default=0) + 2), _attention.NO_PAGE, dtype=torch.int32)
-    for b, length in enumerate(lens):
-        for i in _attention.seen_pages(case, length):
-            pool = (b + i) % len(names)
-            page = free[pool].pop()
-            table[b, i] = pool << PAGE_BITS | page
-            if (i + 1) * page_size > length:
-                _reference.poison_tokens(kv, pool, page, length - i * page_size, D)
-    for pool, rest in enumerate(free):
-        for page in rest:
-            _reference.poison_page(kv, pool, page)
+    heads, D = case["Hkv"], case["D"]
+    kv, table = _reference.random_cache(case, gen, lambda length: _attention.seen_pages(case, length))
     q = _attention.random_queries(case, D, gen)
-    return (q, kv, table, torch.tensor(lens, dtype=torch.int32)), _attention.random_options(case, heads, D, D, gen)
+    lens = torch.tensor(case["lens"], dtype=torch.int32)
+    return (q, kv, table, lens), _attention.random_options(case, heads, D, D, gen)
 
 
 def cost(case: dict[str, Any]) -> tuple[int, int]:
