@@ -167,6 +167,6 @@ def sixteen_bits(case: dict[str, Any]) -> dict[str, Any]:
     return {**case, "dtype": "bfloat16" if "bf16" in str(case.get("cache", case.get("formats"))) else "float16"}
 
 
-for _name in ("quant_attention", "flash_decode", "prefix_attention"):
+for _name in ("quant_attention", "flash_decode", "prefix_attention", "sparse_attention"):
     _op = OPS[_name]
     _op.make = lambda case, seed=0, make=_op.make: make(sixteen_bits(case), seed)  # type: ignore[attr-defined]

@@ -25,8 +25,8 @@ def label(name: str, case: Case) -> str:
     return "-".join([name, *(f"{k}={v}".replace(" ", "").replace("'", "") for k, v in own.items())])
 
 
-def as_tuple(x: Any) -> tuple[Any, ...]:
-    return x if isinstance(x, tuple) else () if x is None else (x,)
+def as_tuple(x: Any) -> tuple[Tensor, ...]:
+    return tuple(tensors_of(x))
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[label(*c) for c in CASES])

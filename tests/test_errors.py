@@ -11,6 +11,7 @@ from backends import CPU, DEVICE, GPU, Q_DTYPE
 from torch import Tensor
 
 import kvkernels as kk
+from kvkernels.ops import OPS
 
 Args = dict[str, Any]
 
@@ -418,6 +419,222 @@ MERGE: list[tuple[Args, str]] = [
     ({"temperature": meta(torch.ones(3))}, "temperature is on meta, but outs[0] is on cpu"),
 ]  # fmt: skip
 
+
+def sparse(**change: Any) -> Args:
+    pages = torch.tensor([[[0, -1]], [[0, -1]], [[0, -1]], [[0, 2]]], dtype=torch.int32).repeat(1, 2, 1)
+    return attention(**{"pages": pages, **change})
+
+
+PAGES = sparse()["pages"]
+TOKENS = PAGES * 16
+AFTER = torch.cat((PAGES[..., :1] + 1, PAGES[..., :1]), 2)  # 1, 0
+LISTS: list[tuple[Args, str]] = [
+    ({"pages": PAGES.long()}, "pages must be int32, got int64"),
+    ({"pages": PAGES[0]}, "pages must be [B, Hkv, K], got [2, 2]"),
+    ({"pages": PAGES[:3]}, "pages must be [B, Hkv, K], got [3, 2, 2]; B = 4 from"),
+    ({"pages": PAGES.repeat(1, 2, 1)}, "pages must be [B, Hkv, K], got [4, 4, 2]; Hkv = 2 from"),
+    ({"pages": gaps(PAGES)}, "pages must be contiguous in its last dim"),
+    ({"pages": meta(PAGES)}, "pages is on meta, but"),
+]  # fmt: skip
+SPARSE: list[tuple[Args, str]] = [
+    *((change, message) for change, message in (*ATTENTION, *OPTIONS) if not {"plan", "window"} & set(change)),
+    *LISTS,
+    ({"window": (8, 1)}, "window = (8, 1): attention is causal, so right must be -1 or 0"),
+    ({"pages": None}, "one of pages and tokens must be given, got none"),
+    ({"tokens": TOKENS}, "one of pages and tokens must be given, got both"),
+    ({"pages": None, "tokens": TOKENS, "entries": PAGES}, "entries are those of pages, and cannot go together with tokens"),
+    ({"entries": PAGES[..., :1]}, "entries must be [B, Hkv, K], got [4, 2, 1]; K = 2 from pages.size(2)"),
+    ({"entries": PAGES + 4}, "entries[3, 0, 1] means page 6 of pool 0, which has 5 pages"),
+    ({"entries": PAGES + (3 << 28)}, "entries[0, 0, 0] = 805306368 means pool 3, but there are 3"),
+    ({"entries": meta(PAGES)}, "entries is on meta, but q is on cpu"),
+    ({"pages": PAGES[3:]}, "pages[0, 0, 1] = 2, but seq_lens[0] = 1 has 1 pages"),
+    ({"pages": AFTER[3:], "seq_lens": LENS * 0 + 96}, "pages[0, 0, 1] = 0 comes after 1, but a list must be ascending, each once"),
+    ({"pages": PAGES[3:] * 0, "seq_lens": LENS * 0 + 96}, "pages[0, 0, 1] = 0 comes after 0, but a list must be ascending, each once"),
+    ({"pages": None, "tokens": TOKENS + 1}, "tokens[0, 0, 0] = 1, but seq_lens[0] = 1 has 1 tokens"),
+    ({"page_table": torch.tensor([[0, 99, 0]] * 3 + [[0, 99, 6]], dtype=torch.int32)}, "page_table[3, 2] means page 6 of pool 0, which has 5 pages"),
+]  # fmt: skip
+
+
+def summarise(**change: Any) -> Args:
+    return {"kv": cache(), "page_table": TABLE, "seq_lens": LENS, "kind": "minmax", **change}
+
+
+SUMMARIES = OPS["page_summaries"].reference(**summarise())
+CHANNELS = torch.tensor([[0, 1, 2], [3, 4, 127]], dtype=torch.int32)
+SEGMENTS = torch.tensor([[0, 1, 1]] * 4, dtype=torch.int32)
+U2_RECORDS, BF16_RECORDS, CACHE_RECORDS = SUMMARIES.records
+
+
+def records(**change: Any) -> kk.PageSummaries:
+    given = tuple(change.pop(name, r) for name, r in zip(("u2", "bf16", "caches"), SUMMARIES.records))
+    return SUMMARIES._replace(**{"records": given, **change})
+
+
+TABLE_AND_LENS: list[tuple[Args, str]] = [
+    ({"page_table": TABLE.long()}, "page_table must be int32, got int64"),
+    ({"page_table": TABLE[0]}, "page_table must be [B, max_pages], got [3]"),
+    ({"page_table": TABLE[:, :2]}, "page_table is too narrow: seq_lens[3] = 96 needs 3 pages of 32 tokens, but page_table.size(1) = 2"),
+    ({"page_table": TABLE + (4 << 28)}, "page_table[0, 0] = 1073741824 means pool 4, but there are 3"),
+    ({"page_table": TABLE + 9}, "page_table[0, 0] means page 9 of pool 0, which has 5 pages"),
+    ({"page_table": meta(TABLE)}, "page_table is on meta, but"),
+    ({"seq_lens": LENS.long()}, "seq_lens must be int32, got int64"),
+    ({"seq_lens": LENS[:3]}, "seq_lens must be [B], got [3]; B = 4 from"),
+    ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
+    ({"seq_lens": meta(LENS)}, "seq_lens is on meta, but"),
+]  # fmt: skip
+SUMMARISE: list[tuple[Args, str]] = [
+    *TABLE_AND_LENS,
+    ({"kv": pools(u2=U2.view(torch.int8))}, "pool 0 must be uint8, got int8"),
+    ({"kv": pools(bf16=BF16[:, :1])}, "pool 1 must be [num_pages, Hkv, page_bytes], got [4, 1, 16384]; Hkv = 2 from pool 0.size(1)"),
+    ({"kv": cache(page_size=64)}, "a pool of u2 pages must be uint8"),
+    ({"kv": cache(transform=(MU.double(), T))}, "centre must be float32, got float64"),
+    ({"kind": "median"}, "kind must be one of minmax, mean, channels; got 'median'"),
+    ({"bits": 12}, "bits must be 16 or 8 of summaries of kind minmax, got 12"),
+    ({"bits": 4}, "bits must be 16 or 8 of summaries of kind minmax, got 4"),
+    ({"kind": "channels"}, "kind channels needs channels"),
+    ({"channels": CHANNELS}, "channels are of kind channels alone"),
+    ({"kind": "channels", "channels": CHANNELS, "bits": 2}, "bits must be 16, 8 or 4 of summaries of kind channels, got 2"),
+    ({"kind": "channels", "channels": CHANNELS.long()}, "channels must be int32, got int64"),
+    ({"kind": "channels", "channels": CHANNELS[:1]}, "channels must be [Hkv, r], got [1, 3]; Hkv = 2 from pool 0.size(1)"),
+    ({"kind": "channels", "channels": CHANNELS[:, :0]}, "channels must be [Hkv, r] with r at least 1, got [2, 0]"),
+    ({"kind": "channels", "channels": CHANNELS + 1}, "channels[1, 2] = 128, but head_dim is 128"),
+    ({"kind": "channels", "channels": CHANNELS, "bits": 8, "kv": kk.PagedKV.empty("bf16", 4, 2, 128, 5), "seq_lens": LENS.clamp(max=9)}, "page_size must be a multiple of 16, because the channels have 8 bits; got 5"),
+    ({"kind": "channels", "channels": CHANNELS, "segments": SEGMENTS}, "segments cannot go together with kind channels"),
+    ({"segments": SEGMENTS.long()}, "segments must be int32, got int64"),
+    ({"segments": SEGMENTS[:3]}, "segments must be [B, num_segments], got [3, 3]; B = 4 from"),
+    ({"segments": SEGMENTS[:, :0]}, "segments must be [B, num_segments + 1], got [4, 0]"),
+    ({"segments": SEGMENTS.flip(1)}, "segments[0, 2] = 0 comes after 1, but the offsets of segments must not be negative or descend"),
+    ({"segments": SEGMENTS - 1}, "segments[0, 0] = -1 comes after 0"),
+    ({"start": LENS.long()}, "start must be int32, got int64"),
+    ({"start": LENS[:3]}, "start must be [B], got [3]; B = 4 from"),
+    ({"start": LENS - 2}, "start[0] = -1 is negative"),
+    ({"start": meta(LENS)}, "start is on meta, but"),
+    ({"kind": None, "out": records(records=SUMMARIES.records[:2])}, "records must be 3 tensors, one for each pool, got 2"),
+    ({"kind": None, "out": records(u2=U2_RECORDS[:4])}, "records[0] has 4 records of a head, but there are 5 pages in the pool"),
+    ({"kind": None, "out": records(bf16=BF16_RECORDS[..., :64])}, "records[1]: records of 64 bytes, but minmax at 16 bits with head_dim 128 needs 512"),
+    ({"kind": None, "out": records(bf16=BF16_RECORDS[:, :1])}, "records[1] must be [num_pages, Hkv, record_bytes], got [4, 1, 512]; Hkv = 2 from"),
+    ({"kind": None, "out": records(caches=torch.zeros(3, 2, 1024, dtype=torch.uint8)[..., :512])}, "records[2] must be contiguous, got strides"),
+    ({"kind": "mean", "out": SUMMARIES}, "kind must be that of out, 'minmax'; got 'mean'"),
+    ({"kind": None, "bits": 8, "out": SUMMARIES}, "bits must be that of out, 16; got 8"),
+]  # fmt: skip
+
+
+def scoring(**change: Any) -> Args:
+    return {"q": Q, "source": SUMMARIES, "page_table": TABLE, "seq_lens": LENS, "reduce": "max", **change}
+
+
+LABELS = OPS["page_summaries"].reference(**summarise(kind="channels", channels=CHANNELS))
+SCORE: list[tuple[Args, str]] = [
+    *TABLE_AND_LENS,
+    ({"q": Q.double()}, "q must be float32 or bfloat16 or float16, got float64"),
+    ({"q": Q[0]}, "q must be [B, Hq, D] or [B, Tq, Hq, D], got [6, 128]"),
+    ({"q": Q[:, :5]}, "Hq must be a multiple of Hkv; Hq = 5 from q.size(1), Hkv = 2 from"),
+    ({"q": Q[:, None].expand(4, 17, 6, 128)}, "q must have 1 to 16 tokens per sequence, got Tq = 17"),
+    ({"q": gaps(Q)}, "q must be contiguous in its last dim"),
+    ({"q": meta(Q)}, "but q is on meta"),
+    ({"q": Q.clone().requires_grad_()}, "q requires grad, but the op has no backward"),
+    ({"reduce": "min"}, "reduce must be one of max, sum, softmax_max, softmax_sum; got 'min'"),
+    ({"scale": float("nan")}, "scale is NaN"),
+    ({"source": cache(transform=(MU, T[:1]))}, "balance must be [Hkv, D], got [1, 128]"),
+    ({"source": cache(formats=cache().formats[:2])}, "kv has 3 pools, but 2 formats"),
+]  # fmt: skip
+SCORE_PAGES: list[tuple[Args, str]] = [
+    *SCORE,
+    ({"q": Q[..., :96]}, "records[0]: records of 512 bytes, but minmax at 16 bits with head_dim 96 needs 384"),
+    ({"q": Q[..., :72]}, "head_dim must be one of 64, 80, 96, 112, 128, 192, 256; got 72 from q.size(2)"),
+    ({"source": LABELS}, "summaries of kind channels have no score for a page; score_tokens takes them"),
+    ({"source": records(u2=U2_RECORDS.view(torch.int8))}, "records[0] must be uint8, got int8"),
+    ({"source": records(records=())}, "summaries have 1 to 8 tensors of records, got 0"),
+    ({"source": records(bits=8)}, "records[0]: records of 512 bytes, but minmax at 8 bits with head_dim 128 needs 272"),
+    ({"source": records(segments=SEGMENTS)}, "records must be one tensor with B * num_segments = 8 records of a head, got 3 with 5"),
+    ({"out": torch.zeros(4, 2, 4)}, "out must be [B, Hkv, n], got [4, 2, 4]; n = 3 from the width of page_table"),
+    ({"out": torch.zeros(4, 2, 3).double()}, "out must be float32, got float64"),
+    ({"out": torch.zeros(4, 2, 6)[..., :3]}, "out must be contiguous, got strides"),
+]  # fmt: skip
+SCORE_TOKENS: list[tuple[Args, str]] = [
+    *SCORE,
+    ({"source": SUMMARIES}, "source must be a PagedKV, PageSummaries of kind channels or of segments; got kind minmax"),
+    ({"source": LABELS._replace(channels=CHANNELS + 1)}, "channels[1, 2] = 128, but head_dim is 128"),
+    ({"source": LABELS._replace(bits=4)}, "records[0]: records of 192 bytes, but channels at 4 bits with head_dim 128 needs 112"),
+    ({"out": torch.zeros(4, 2, 3)}, "out must be [B, Hkv, n], got [4, 2, 3]; n = 96 from the width of page_table, in tokens"),
+]  # fmt: skip
+
+
+def select(**change: Any) -> Args:
+    return {"scores": torch.zeros(4, 2, 3), "seq_lens": LENS, "k": 3, "page_size": 32, **change}
+
+
+SCORES, ROW_K = select()["scores"], torch.ones(4, 2, dtype=torch.int32)
+SELECT: list[tuple[Args, str]] = [
+    ({"scores": SCORES.double()}, "scores must be float32, got float64"),
+    ({"scores": SCORES[0]}, "scores must be [B, Hkv, n], got [2, 3]"),
+    ({"scores": gaps(SCORES)}, "scores must be contiguous in its last dim"),
+    ({"scores": meta(SCORES)}, "but scores is on meta"),
+    ({"scores": SCORES[..., :2]}, "scores is too narrow: seq_lens[3] = 96 has 3 pages, but scores.size(2) = 2"),
+    ({"seq_lens": LENS.long()}, "seq_lens must be int32, got int64"),
+    ({"seq_lens": LENS[:3]}, "seq_lens must be [B], got [3]; B = 4 from scores.size(0)"),
+    ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
+    ({"k": 2}, "k must be at least sink_pages + recent_pages = 1 + 2, got 2"),
+    ({"k": 0, "sink_pages": 0, "recent_pages": 0}, "k must be at least 1, got 0"),
+    ({"sink_pages": -1}, "sink_pages must not be negative, got -1"),
+    ({"recent_pages": -1}, "recent_pages must not be negative, got -1"),
+    ({"page_size": 0}, "page_size must be at least 1, got 0"),
+    ({"row_k": ROW_K.long()}, "row_k must be int32, got int64"),
+    ({"row_k": ROW_K[:, :1]}, "row_k must be [B, Hkv], got [4, 1]; Hkv = 2 from scores.size(1)"),
+    ({"row_k": meta(ROW_K)}, "row_k is on meta, but"),
+    ({"out": torch.zeros(4, 2, 4, dtype=torch.int32)}, "out must be [B, Hkv, k], got [4, 2, 4]; k = 3 from k"),
+    ({"out": torch.zeros(4, 2, 3)}, "out must be int32, got float32"),
+    ({"out": ROW_K[..., None].expand(4, 2, 3)}, "out must be contiguous in its last dim"),
+]  # fmt: skip
+
+
+def select_tokens(**change: Any) -> Args:
+    return {"scores": SCORES, "seq_lens": LENS.clamp(max=3), "k": 69, "sink_tokens": 5, **change}
+
+
+SELECT_TOKENS: list[tuple[Args, str]] = [
+    ({"scores": SCORES[..., :2]}, "scores is too narrow: seq_lens[2] = 3 has 3 tokens, but scores.size(2) = 2"),
+    ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
+    ({"k": 68}, "k must be at least sink_tokens + recent_tokens = 5 + 64, got 68"),
+    ({"sink_tokens": -1}, "sink_tokens must not be negative, got -1"),
+]  # fmt: skip
+
+
+def gather(**change: Any) -> Args:
+    state: Args = {"host": U2, "cache": U2.new_zeros(8, 2, 2176), "pool": 0,
+                   "slot_of": torch.full((4, 2, 3), -1, dtype=torch.int32),
+                   "page_of": torch.full((4, 2, 2), -1, dtype=torch.int32),
+                   "hand": torch.zeros(4, 2, dtype=torch.int32)}  # fmt: skip
+    others = {name: change.pop(name) for name in tuple(change) if name not in state}
+    return {"offloaded": kk.Offloaded(**{**state, **change}), "page_table": TABLE, "pages": PAGES, **others}
+
+
+STATE = gather()["offloaded"]
+GATHER: list[tuple[Args, str]] = [
+    *LISTS,
+    ({"page_table": TABLE.long()}, "page_table must be int32, got int64"),
+    ({"page_table": TABLE[:, :2]}, "slot_of must be [B, Hkv, max_pages], got [4, 2, 3]; max_pages = 2 from page_table.size(1)"),
+    ({"page_table": TABLE + 5}, "page_table[0, 0] means page 5 of pool 0, of which host has 5"),
+    ({"page_table": TABLE - 1}, "page_table[0, 0] = -1 is negative"),
+    ({"page_table": meta(TABLE)}, "page_table is on meta, but cache is on cpu"),
+    ({"pages": AFTER}, "pages[0, 0, 1] = 0 comes after 1, but a list must be ascending, each once"),
+    ({"pages": PAGES + 3}, "pages[0, 0, 0] = 3, but page_table.size(1) = 3"),
+    ({"pages": PAGES.repeat(1, 1, 2)}, "pages lists 4 pages of a head, but the cache holds 2 slots for them"),
+    ({"host": U2.int()}, "host must be uint8, got int32"),
+    ({"host": U2[..., :64]}, "host must be [num_pages, Hkv, page_bytes], got [5, 2, 64]; cache is [8, 2, 2176]"),
+    ({"host": gaps(U2)}, "host must be contiguous in its last dim"),
+    ({"host": torch.zeros(5 * 2 * 2176 + 8, dtype=torch.uint8)[8:].view(5, 2, 2176)}, "host: every record must begin at a multiple of 16 bytes"),
+    ({"cache": STATE.cache[:7]}, "cache must have B * slots = 4 * 2 pages, got 7"),
+    ({"cache": STATE.cache[:1].expand(8, 2, 2176)}, "cache is written, so its elements must not share memory"),
+    ({"offloaded": STATE._replace(pool=8)}, "pool must be 0 to 7, got 8"),
+    ({"slot_of": STATE.slot_of.long()}, "slot_of must be int32, got int64"),
+    ({"slot_of": STATE.slot_of + 1}, "slot_of[0, 0, 0] = 0, but page_of says otherwise, or there is no such slot"),
+    ({"page_of": STATE.page_of[:3]}, "page_of must be [B, Hkv, slots], got [3, 2, 2]; B = 4 from"),
+    ({"page_of": STATE.page_of + 2}, "page_of[0, 0, 0] = 1, but slot_of says otherwise, or there is no such page"),
+    ({"hand": STATE.hand + 2}, "hand[0, 0] = 2, but there are 2 slots"),
+    ({"hand": STATE.hand[:, :1]}, "hand must be [B, Hkv], got [4, 1]; Hkv = 2 from cache.size(1)"),
+]  # fmt: skip
+
 X = torch.zeros(3, 64)
 FWHT: list[tuple[Args, str]] = [
     ({"x": X.int()}, "x must be float32 or bfloat16 or float16 or float64, got int32"),
@@ -456,10 +673,18 @@ TABLES: list[tuple[str, Callable[..., Args], list[tuple[Args, str]]]] = [
     ("pack_pages", pack, PACK),
     ("merge_states", merge, MERGE),
     ("fwht", lambda **change: {"x": X, **change}, FWHT),
+    ("sparse_attention", sparse, SPARSE),
+    ("page_summaries", summarise, SUMMARISE),
+    ("score_pages", scoring, SCORE_PAGES),
+    ("score_tokens", lambda **x: scoring(**{"source": LABELS, **x}), SCORE_TOKENS),
+    ("select_pages", select, SELECT),
+    ("select_tokens", select_tokens, SELECT_TOKENS),
+    ("gather_pages", gather, GATHER),
 ]
 # What stands in GPU memory is not looked at on the host.
 SEEN_ON_THE_HOST = re.compile(
-    r"(page_table|block_table|seq_lens|slots|pairs|tree_mask|head_windows|plan\.\w+)\[.+\] |(page|block)_table is too narrow"
+    r"(page_table|block_table|seq_lens|slots|pairs|tree_mask|head_windows|plan\.\w+|pages|tokens|entries|channels|segments|"
+    r"start|slot_of|page_of|hand)\[.+\] |(page_table|block_table|scores) is too narrow"
 )
 ROWS = [
     (op, good, change, message.replace("on cpu", f"on {DEVICE}"))

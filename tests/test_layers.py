@@ -87,7 +87,7 @@ def test_what_the_emulator_replaces_stands_in_one_place(what: str, pattern: str,
 
 def test_every_op_has_both_backends() -> None:
     ops = {p.stem for p in sources("include/kvkernels/ops")}
-    assert {p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")} == ops
+    assert ops <= {p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")}
     assert ops <= {p.stem for p in (ROOT / "csrc/cpu").glob("*.cpp")}
 
 

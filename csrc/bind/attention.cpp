@@ -11,13 +11,18 @@
 namespace kk::bind {
 namespace {
 
+void check_head_windows(const Check& c, const AttentionParams& p) {
+  for (int64_t g = 0; g < p.Hkv; ++g)
+    if (p.head_windows[2 * g] < 0)
+      c.refuse("head_windows[", g, ", 0] = ", p.head_windows[2 * g], " is a negative number of sink tokens");
+}
+
 // What no head sees is not looked at; the caller may have freed it: pages before a window, and between the sinks and the
 // windows of the heads.
 void check_seen_pages(const Check& c, const AttentionParams& p, const PageTable& table) {
   int64_t sink = 0, window = p.window_left;
   for (int64_t g = 0; p.head_windows && g < p.Hkv; ++g) {
     const int32_t *own = p.head_windows + 2 * g, own_sink = own[0], own_window = own[1];
-    if (own_sink < 0) c.refuse("head_windows[", g, ", 0] = ", own_sink, " is a negative number of sink tokens");
     sink = std::max<int64_t>(sink, own_sink);
     window = g == 0 ? own_window : window < 0 || own_window < 0 ? -1 : std::max<int64_t>(window, own_window);
   }
@@ -257,6 +262,7 @@ void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& nam
     PageTable table = page_table_of(p, names);
     if (p.selection.entries) table.max_pages = kAnyWidth;
     check_lengths(c, table);
+    if (p.head_windows) check_head_windows(c, p);
     if (p.plan.nodes)
       check_plan(c, p, table);
     else if (p.selection.index)

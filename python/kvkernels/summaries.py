@@ -52,7 +52,7 @@ def record_bytes(kind: str, bits: int, page_size: int, head_dim: int, channels: 
 def encode(kind: str, bits: int, keys: Tensor, page_size: int, channels: Tensor | None = None) -> Tensor:
     """The records uint8 [Hkv, record_bytes] of the keys of a run, float32 [Hkv, tokens, D]."""
     if kind == "minmax":
-        parts = [(keys.amax(1), "up"), (keys.amin(1), "down")]
+        parts = [(keys.amax(1) + 0.0, "up"), (keys.amin(1) + 0.0, "down")]  # no -0, which a maximum may or may not keep
     elif kind == "mean":
         total = torch.zeros_like(keys[:, 0])
         for token in range(keys.shape[1]):

@@ -75,7 +75,7 @@ def page_summaries(
         if segments is None:
             counts = [(p[0] if isinstance(p, tuple) else p).shape[0] for p in kv.pools]
         else:
-            counts = [segments.shape[0] * (segments.shape[-1] - 1)]
+            counts = [segments.shape[0] * max(segments.shape[-1] - 1, 0)]
         records = tuple(_zeros((n, heads, size), pools[0].device) for n in counts)
         out = PageSummaries(kind, bits, page_size, head_dim, records, channels, segments)
     else:
@@ -100,9 +100,9 @@ def _(pools: list[Tensor], formats: list[int], page_size: int, head_dim: int, ce
       balance: Tensor | None, page_table: Tensor, seq_lens: Tensor, kind: int, bits: int, channels: Tensor | None,
       segments: Tensor | None, start: Tensor | None, records: list[Tensor]) -> None:  # fmt: skip
     numbered = {f"pool tensor {i}": pool for i, pool in enumerate(pools)}
-    numbered |= {f"records[{i}]": r for i, r in enumerate(records)}
-    _args.same_device("page_summaries", page_table=page_table, **numbered, seq_lens=seq_lens, centre=centre,
-                      balance=balance, channels=channels, segments=segments, start=start)  # fmt: skip
+    others = {f"records[{i}]": r for i, r in enumerate(records)}
+    _args.same_device("page_summaries", **numbered, page_table=page_table, seq_lens=seq_lens, centre=centre,
+                      balance=balance, channels=channels, segments=segments, start=start, **others)  # fmt: skip
 
 
 def reference(

@@ -56,8 +56,9 @@ def score_pages(
     if not isinstance(source, PageSummaries):
         _args.no_tensor("score_pages", "source", source, "PageSummaries or a PagedKV")
     records, segments = list(source.records), source.segments
-    n = page_table.shape[-1] if segments is None else segments.shape[-1] - 1
-    scale, number, out = _scores.prepare("score_pages", q, reduce, scale, records[0].shape[1], n, out)
+    n = page_table.shape[-1] if segments is None else max(segments.shape[-1] - 1, 0)
+    heads = records[0].shape[1] if records else 1
+    scale, number, out = _scores.prepare("score_pages", q, reduce, scale, heads, n, out)
     try:
         _op(q, records, KINDS.index(source.kind), source.bits, page_table, seq_lens, source.page_size, segments, scale,
             number, out)  # fmt: skip
@@ -113,10 +114,8 @@ def reference(
                 scores.append(torch.full(queries.shape[:2], -math.inf, dtype=dtype))
                 continue
             vectors = decode(summaries, record, dtype)
-            if summaries.kind == "minmax":  # the larger of q max and q min, channel by channel
-                scores.append((queries[:, :, None] * torch.stack(vectors, 1)[:, None]).amax(2).sum(2))
-            else:
-                scores.append((queries * vectors[0][:, None]).sum(2))
+            parts = (queries.clamp(min=0), queries.clamp(max=0)) if summaries.kind == "minmax" else (queries,)
+            scores.append(torch.stack([(x * v[:, None]).sum(2) for x, v in zip(parts, vectors)]).sum(0))
         return torch.stack(scores, 2) if scores else queries[:, :, :0]
 
     n = page_table.shape[1] if segments is None else segments.shape[1] - 1

@@ -79,7 +79,8 @@ def run(op: str, q: Tensor, source: PageSummaries | PagedKV, page_table: Tensor,
         bits, channels = 16, None
         centre, balance = (None, None) if source.transform is None else source.transform
     width = page_table.shape[-1] * (1 if best else page_size)
-    scale, number, out = _scores.prepare(op, q, reduce, scale, tensors[0].shape[1], width, out)
+    heads = tensors[0].shape[1] if tensors else 1
+    scale, number, out = _scores.prepare(op, q, reduce, scale, heads, width, out)
     try:
         _op(q, tensors, codes, page_size, centre, balance, channels, bits, page_table, seq_lens, scale, number, best,
             out)  # fmt: skip
