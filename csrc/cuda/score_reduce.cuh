@@ -116,27 +116,6 @@ __global__ __launch_bounds__(kReduceThreads) void reduce_masses_kernel(ScoreSink
   }
 }
 
-// A thread takes a page of a head: the best of its tokens for every row, kept for each or reduced over the rows.
-__global__ __launch_bounds__(kReduceThreads) void best_of_pages_kernel(const float* tokens, ScoreSink sink, Items pages,
-                                                                       const int32_t* seq_lens, int64_t heads_each,
-                                                                       int64_t rows, int64_t chunks) {
-  const int64_t head = blockIdx.x / chunks, size = pages.item_tokens, b = head / heads_each;
-  const int64_t count = pages.count(b), len = min(int64_t(seq_lens[b]), count * size);
-  for (int64_t i = blockIdx.x % chunks * kChunk + threadIdx.x, j = 0; j < kChunk / kReduceThreads;
-       ++j, i += kReduceThreads) {
-    if (i >= pages.n) break;
-    float y = keeps_max(sink.reduce) ? -INFINITY : 0.0f;
-    for (int64_t r = head * rows; r < (head + 1) * rows && i < count; ++r) {
-      float best = -INFINITY;
-      for (int64_t token = i * size; token < min((i + 1) * size, len); ++token)
-        best = max_or_nan(tokens[r * pages.n * size + token], best);
-      if (sink.kept) sink.kept[r * pages.n + i] = best;
-      y = sink.combine(best, y);
-    }
-    if (!sink.kept) sink.out[head * pages.n + i] = i < count ? y : -INFINITY;
-  }
-}
-
 inline unsigned blocks_of(const char* op, int64_t blocks) {
   if (blocks >> 31) fail((std::string(op) + ": too many scores for one launch on CUDA").c_str());
   return static_cast<unsigned>(blocks);

@@ -25,13 +25,22 @@ struct ScoreRows {
         vector(aligned16(p.q, p.q_batch * element_bytes(p.dtype), p.q_token * element_bytes(p.dtype),
                          p.q_head * element_bytes(p.dtype))) {}
 
+  __device__ int64_t at(const ScoreCommon& p, int64_t b, int h, int row) const {
+    return b * p.q_batch + row / group * p.q_token + (static_cast<int64_t>(h) * group + row % group) * p.q_head;
+  }
+  __device__ float element(const ScoreCommon& p, int64_t b, int h, int row, int64_t c) const {
+    if (row >= rows) return 0.0f;
+    const int64_t i = at(p, b, h, row) + c;
+    if (p.dtype == DType::f32) return static_cast<const float*>(p.q)[i];
+    const uint16_t x = static_cast<const uint16_t*>(p.q)[i];
+    return p.dtype == DType::f16 ? f16_to_float(x) : bf16_to_float(x);
+  }
   // Channels c ... c + 7 of a row; zeros for rows that are none.
   __device__ void load(const ScoreCommon& p, int64_t b, int h, int row, int64_t c, float (&x)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = 0.0f;
     if (row >= rows || c >= p.D) return;
-    const int64_t at =
-        b * p.q_batch + row / group * p.q_token + (static_cast<int64_t>(h) * group + row % group) * p.q_head + c;
+    const int64_t at = this->at(p, b, h, row) + c;
     load8(p.dtype, static_cast<const uint8_t*>(p.q) + at * (p.dtype == DType::f32 ? 4 : 2), vector, x);
   }
 };

@@ -1,0 +1,292 @@
+// Keys: a block takes 128 tokens of a KV head, a warp 8 of them at a time for 16 query rows (cuda/score_rows.cuh). Labels: a
+// thread takes a token.
+#include "kvkernels/ops/score_tokens.h"
+
+#include "cuda/key_columns.cuh"
+#include "cuda/score_reduce.cuh"
+
+namespace kk::cuda {
+namespace {
+
+struct Args : ScoreTokensParams {
+  ScoreRows rows;
+  ScoreSink sink;
+  Items tokens;
+  int64_t chunks;
+  PoolSide side[kMaxPools];
+  int plain_digits, rotated_digits;  // 0: no pool needs such queries
+  bool some_f16, transform_vector;
+  int64_t record_bytes;
+};
+
+// What a block does for tokens that are not there.
+__device__ __forceinline__ void fill_behind(const Args& a, int64_t head, int64_t first, int64_t count) {
+  if (a.sink.kept) return;
+  for (int64_t i = max(first, count) + threadIdx.x; i < min(first + kBlockItems, a.tokens.n); i += kScoreThreads)
+    a.sink.out[head * a.tokens.n + i] = -INFINITY;
+}
+
+// q of a tile, and q' = H (q / t) with q.mu, so that q.k = q'.k' + q.mu.
+__device__ __forceinline__ void build_queries(const Args& a, const QueryTile& plain, const QueryTile& rotated,
+                                              float* bias, int64_t b, int h, int tile) {
+  const int D = static_cast<int>(a.D), padded = plain_steps(D) * 16, lanes = D / kPerLane;
+  float x[8];
+  if (plain.digits)
+    for (int i = threadIdx.x; i < kTileRows * padded / kPerLane; i += kScoreThreads) {
+      const int row = i * kPerLane / padded, c = i * kPerLane % padded;
+      a.rows.load(a, b, h, tile + row, c, x);
+      plain.put(0, row, c, x);
+    }
+  if (!rotated.digits) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = 32 / lanes;
+  for (int first = warp * rows; first < kTileRows; first += kScoreWarps * rows) {
+    const int row = first + lane / lanes, c = lane % lanes * kPerLane;
+    const int64_t at = static_cast<int64_t>(h) * D + c;
+    a.rows.load(a, b, h, tile + row, c, x);
+    float y[8], dot = 0.0f;
+    if (a.transform.centre) {
+      load8<DType::f32>(a.transform.centre + at, a.transform_vector, y);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) dot = fmaf(x[i], y[i], dot);
+    }
+    dot = fold_lanes(dot, lanes, [](float p, float q) { return p + q; });
+    if (c == 0) bias[row] = dot;
+    if (a.transform.balance) {
+      load8<DType::f32>(a.transform.balance + at, a.transform_vector, y);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = x[i] / y[i];
+    }
+    hadamard(x, D);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= fwht_scale(D);
+    rotated.put(0, row, c, x);
+  }
+}
+
+__global__ __launch_bounds__(kScoreThreads, 4) void score_keys_kernel(__grid_constant__ const Args a) {
+  KK_DYN_SMEM(uint4, smem);
+  KK_SHARED(float, bias, [kTileRows]);
+  const int h = static_cast<int>(blockIdx.x % a.Hkv), lane = threadIdx.x % 32, g = lane / 4;
+  const int64_t b = blockIdx.x / a.Hkv / a.chunks, head = b * a.Hkv + h;
+  const int64_t count = a.tokens.count(b), begin = blockIdx.x / a.Hkv % a.chunks * kBlockItems;
+  fill_behind(a, head, begin, count);
+  if (begin >= count) return;
+
+  const int D = static_cast<int>(a.D);
+  const QueryTile plain{smem, a.plain_digits, plain_steps(D), kPlainRun};
+  const QueryTile rotated{smem + QueryTile::bytes(plain.digits, plain.steps) / 16, a.rotated_digits, rotated_steps(D),
+                          rotated_run(D)};
+  const int64_t own = begin + threadIdx.x / 32 * kWarpItems;  // tokens of the warp
+  unsigned long long page = 0;                                // that of token own + lane
+  uint32_t where = 0;                                         // pool << 28 | token in the page
+  if (own + lane < count) {
+    const Slot at = locate(own + lane, a.page_size);
+    const int32_t entry = a.page_table[b * a.table_stride + at.page];
+    page = reinterpret_cast<unsigned long long>(a.side[entry >> 28].page(entry & kPageMask, h));
+    where = static_cast<uint32_t>(entry >> 28) << 28 | static_cast<uint32_t>(at.token);
+  }
+  const int steps = static_cast<int>(min(int64_t(kWarpItems), max(count - own, int64_t(0))) + kColumns - 1) / kColumns;
+
+  Keys keys;
+  KeyPlace first{};  // of the 8 columns of a step
+  Format format = Format::bf16;
+  bool f16_column = false, f16_columns = false;
+  const auto load = [&](int step) {
+    const auto place = [&](int from, uint32_t& at) {
+      const auto address = __shfl_sync(kWholeWarp, page, from);
+      at = __shfl_sync(kWholeWarp, where, from);
+      return KeyPlace{reinterpret_cast<const uint8_t*>(address), static_cast<int>(at & kPageMask)};
+    };
+    uint32_t at;
+    first = place(step * kColumns, at);
+    format = a.side[at >> 28].format;
+    // Packed pages have multiples of 16 tokens: the 8 columns lie in one.
+    switch_format(format, [&](auto fmt) {
+      using Fmt = decltype(fmt);
+      if constexpr (Fmt::packed && Fmt::rotated) keys.load_codes<Fmt>(D, a.page_size, first);
+    });
+    if (format != Format::bf16 && format != Format::f16) return;
+    const KeyPlace column = place(step * kColumns + g, at);
+    keys.load_row(D, a.side[at >> 28].token_stride, column);
+    f16_column = a.side[at >> 28].format == Format::f16;
+    f16_columns = a.some_f16 && __any_sync(kWholeWarp, f16_column);
+  };
+  if (steps > 0) load(0);
+
+  const int tiles = (a.rows.rows + kTileRows - 1) / kTileRows;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile > 0) __syncthreads();
+    build_queries(a, plain, rotated, bias, b, h, tile * kTileRows);
+    __syncthreads();
+    for (int step = 0; step < steps; ++step) {
+      float x[4] = {};
+      switch_format(format, [&](auto fmt) {
+        using Fmt = decltype(fmt);
+        if constexpr (Fmt::rotated) {
+          const int groups = key_groups(D);
+#pragma unroll
+          for (int group = 0; group < 2; ++group) {
+            if (group == groups) break;
+            Sums sums;
+            keys.multiply_codes<Fmt>(rotated, D, group, sums);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i] = fmaf(keys.scale(i % 2, group, groups), sums.value(i), x[i]);
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[i] += bias[g + i / 2 * 8];
+        } else {
+          Sums sums;
+          if constexpr (Fmt::packed)
+            multiply_kivi2(plain, D, a.page_size, first, sums);
+          else if (f16_columns)
+            keys.multiply_row<true>(plain, D, f16_column, sums);
+          else
+            keys.multiply_row<false>(plain, D, false, sums);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[i] = sums.value(i);
+        }
+      });
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] *= a.scale;
+      const bool last = step + 1 == steps;
+      if (!last || tile + 1 < tiles) load(last ? 0 : step + 1);
+      const int64_t item = own + step * kColumns;
+      a.sink.put(head, a.rows.rows, tile * kTileRows, item, static_cast<int>(min(int64_t(kColumns), count - item)), x);
+    }
+  }
+}
+
+// Label i of all channels one behind another.
+template <int Bits>
+__device__ __forceinline__ float label(const uint8_t* record, int64_t i) {
+  if constexpr (Bits == 16) return bf16_to_float(reinterpret_cast<const uint16_t*>(record)[i]);
+  if constexpr (Bits == 8) return static_cast<float>(static_cast<int8_t>(record[i]));
+  return static_cast<float>(record[i / 2] >> (i % 2 * 4) & 15) - 7.5f;
+}
+
+template <int Bits>
+__global__ __launch_bounds__(kScoreThreads) void score_labels_kernel(__grid_constant__ const Args a) {
+  KK_DYN_SMEM(float, queries);  // [channels][kTileRows]
+  const int h = static_cast<int>(blockIdx.x % a.Hkv), r = static_cast<int>(a.layout.channels);
+  const int64_t b = blockIdx.x / a.Hkv / a.chunks, head = b * a.Hkv + h;
+  const int64_t count = a.tokens.count(b), begin = blockIdx.x / a.Hkv % a.chunks * kBlockItems;
+  fill_behind(a, head, begin, count);
+  if (begin >= count) return;
+
+  const int64_t item = begin + threadIdx.x;
+  const bool active = item < count;
+  const Slot at = locate(active ? item : 0, a.page_size);
+  const int32_t entry = a.page_table[b * a.table_stride + at.page];
+  const uint8_t* record = a.records[entry >> 28] + (int64_t(entry & kPageMask) * a.Hkv + h) * a.record_bytes;
+  float scale = a.scale;
+  if (Bits != 16)
+    scale *= bf16_to_float(reinterpret_cast<const uint16_t*>(record + summary_codes_bytes(a.layout))[at.token]);
+
+  for (int tile = 0; tile < a.rows.rows; tile += kTileRows) {
+    if (tile > 0) __syncthreads();
+    for (int i = threadIdx.x; i < r * kTileRows; i += kScoreThreads)
+      queries[i] = a.rows.element(a, b, h, tile + i % kTileRows, a.channels[h * r + i / kTileRows]);
+    __syncthreads();
+    if (!active) continue;
+    float all = keeps_max(a.reduce) ? -INFINITY : 0.0f;
+    for (int four = tile; four < min(tile + kTileRows, a.rows.rows); four += 4) {
+      float x[4] = {};
+#pragma unroll 4
+      for (int j = 0; j < r; ++j) {
+        const float k = label<Bits>(record, j * a.page_size + at.token);
+        const float4 q = reinterpret_cast<const float4*>(queries)[(j * kTileRows + four - tile) / 4];
+        x[0] = fmaf(k, q.x, x[0]), x[1] = fmaf(k, q.y, x[1]), x[2] = fmaf(k, q.z, x[2]), x[3] = fmaf(k, q.w, x[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (four + i >= a.rows.rows) break;
+        if (a.sink.kept)
+          a.sink.kept[(head * a.rows.rows + four + i) * a.sink.items + item] = x[i] * scale;
+        else
+          all = a.sink.combine(x[i] * scale, all);
+      }
+    }
+    float* out = a.sink.out + head * a.sink.items + item;
+    if (!a.sink.kept) *out = tile == 0 ? all : a.sink.combine(all, *out);
+  }
+}
+
+// A thread takes a page of a head: the best of its tokens for every row, kept for each or reduced over the rows.
+__global__ __launch_bounds__(kReduceThreads) void best_of_pages_kernel(const float* tokens, ScoreSink sink, Items pages,
+                                                                       int64_t heads_each, int64_t rows,
+                                                                       int64_t chunks) {
+  const int64_t head = blockIdx.x / chunks, size = pages.item_tokens, b = head / heads_each;
+  const int64_t count = pages.count(b), len = min(int64_t(pages.seq_lens[b]), count * size);
+  for (int64_t i = blockIdx.x % chunks * kChunk + threadIdx.x, j = 0; j < kChunk / kReduceThreads;
+       ++j, i += kReduceThreads) {
+    if (i >= pages.n) break;
+    float y = keeps_max(sink.reduce) ? -INFINITY : 0.0f;
+    for (int64_t r = head * rows; r < (head + 1) * rows && i < count; ++r) {
+      float best = -INFINITY;
+      for (int64_t token = i * size; token < min((i + 1) * size, len); ++token)
+        best = max_or_nan(tokens[r * pages.n * size + token], best);
+      if (sink.kept) sink.kept[r * pages.n + i] = best;
+      y = sink.combine(best, y);
+    }
+    if (!sink.kept) sink.out[head * pages.n + i] = i < count ? y : -INFINITY;
+  }
+}
+
+ReduceLayout layout_of(const ScoreTokensParams& p) {
+  return ReduceLayout(p, p.best_of_page ? p.n * p.page_size : 0, is_softmax(p.reduce));
+}
+
+void score_keys(Args& a, unsigned blocks, const CudaExec& exec) {
+  const char* op = a.best_of_page ? "score_pages: pool " : "score_tokens: pool ";
+  a.transform_vector = aligned16(a.transform.centre) && aligned16(a.transform.balance);
+  for (int i = 0; i < a.num_pools; ++i) {
+    a.side[i] = pool_side(op + std::to_string(i), a.pools[i], Side::K, a.transform, a.page_size, a.D);
+    if (a.side[i].rotated)  // of 16-bit queries two digits are as good as themselves
+      a.rotated_digits = a.dtype == DType::f32 ? 3 : 2;
+    else
+      a.plain_digits = digits_of(a.dtype);
+    a.some_f16 |= a.side[i].format == Format::f16;
+  }
+  const int D = static_cast<int>(a.D);
+  const int64_t smem =
+      QueryTile::bytes(a.plain_digits, plain_steps(D)) + QueryTile::bytes(a.rotated_digits, rotated_steps(D));
+  launch(score_keys_kernel, dim3(blocks), dim3(kScoreThreads), static_cast<size_t>(smem), exec.stream, a);
+}
+
+void score_labels(Args& a, unsigned blocks, const CudaExec& exec) {
+  a.record_bytes = summary_bytes(a.layout);
+  const auto smem = static_cast<size_t>(a.layout.channels) * kTileRows * sizeof(float);
+  const auto run = [&](auto kernel) { launch(kernel, dim3(blocks), dim3(kScoreThreads), smem, exec.stream, a); };
+  if (a.layout.bits == 16) return run(score_labels_kernel<16>);
+  if (a.layout.bits == 8) return run(score_labels_kernel<8>);
+  run(score_labels_kernel<4>);
+}
+
+}  // namespace
+
+int64_t score_tokens_workspace(const ScoreTokensParams& p, const CudaExec&) { return layout_of(p).bytes; }
+
+void score_tokens(const ScoreTokensParams& p, const CudaExec& exec) {
+  const char* op = p.best_of_page ? "score_pages" : "score_tokens";
+  const ReduceLayout layout = layout_of(p);
+  float* kept_tokens = static_cast<float*>(p.workspace);
+  float* kept_items = is_softmax(p.reduce) ? kept_tokens + layout.items_at / 4 : nullptr;
+  const ScoreSink sink{kept_items, p.out, p.n, p.reduce};
+  const Items items{p.seq_lens, nullptr, 0, p.n, p.best_of_page ? p.page_size : 1};
+
+  Args a{p, ScoreRows(p), sink, items};
+  if (p.best_of_page) {
+    a.tokens.n = a.sink.items = p.n * p.page_size;
+    a.tokens.item_tokens = 1;
+    a.sink.kept = kept_tokens;
+  }
+  a.chunks = (a.tokens.n + kBlockItems - 1) / kBlockItems;
+  const unsigned blocks = blocks_of(op, p.B * a.chunks * p.Hkv);
+  p.records[0] ? score_labels(a, blocks, exec) : score_keys(a, blocks, exec);
+  if (p.best_of_page)
+    launch(best_of_pages_kernel, dim3(blocks_of(op, p.B * p.Hkv * layout.chunks)), dim3(kReduceThreads), 0, exec.stream,
+           kept_tokens, sink, items, p.Hkv, p.Tq * (p.Hq / p.Hkv), layout.chunks);
+  if (is_softmax(p.reduce)) reduce_softmax(op, p, sink, items, layout, p.workspace, exec);
+}
+
+}  // namespace kk::cuda
