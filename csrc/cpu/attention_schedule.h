@@ -2,9 +2,9 @@
 //
 // A part is a node of the plan (without one: a sequence), all KV heads or, where they differ in their query heads or in what
 // they see, one of them. Its query rows are cut into blocks and its tokens, of a selection the selected ones, into intervals;
-// a task is a block, an interval and one KV head or several side by side. The tasks of a part that is all there is of its sequence, and not cut, write their results; the others leave
-// partial results (sums over V, their maximum and their softmax mass), which are merged per query row, first those of the
-// leaf, then those of its parents.
+// a task is a block, an interval and one KV head or several side by side. The tasks of a part that is all there is of its
+// sequence, and not cut, write their results; the others leave partial results (sums over V, their maximum and their softmax
+// mass), which are merged per query row, first those of the leaf, then those of its parents.
 #pragma once
 #include "cpu/attention_task.h"
 
