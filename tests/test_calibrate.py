@@ -1,6 +1,7 @@
-"""calibrate_keys: centre and balance are what they are said to be, and they help on real keys."""
+"""calibrate_keys: centre and balance are what they are said to be, and they help on real keys. calibrate_channels."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,3 +113,46 @@ def test_it_helps_on_real_keys(layer: int) -> None:
         return ((attend(coded.double()) - exact).norm() / exact.norm()).item()
 
     assert error(transform) < 0.8 * error(None)
+
+
+def test_channels_are_those_of_largest_products() -> None:
+    k, q = rand(40, 2, 64).abs() + 1, rand(3, 30, 6, 64, seed=1).abs() + 1
+    k[:, 0, [3, 50]] *= 20
+    k[:, 1, [7, 9]] *= 20
+    assert kk.calibrate_channels(k, r=2).tolist() == [[3, 50], [7, 9]]
+    q[:, :, 0, 9] *= 500  # a query head of KV head 0
+    q[:, :, 3:, [7, 9]] /= 1000
+    got = kk.calibrate_channels(k, q, r=3)
+    assert got.dtype == torch.int32
+    assert got[0].tolist() == [3, 9, 50]
+    weight = k[:, 1].mean(0) * q[:, :, 3:].mean((0, 1, 2))
+    assert got[1].tolist() == sorted(weight.topk(3).indices.tolist())
+    assert 7 not in got[1]
+
+
+def test_channels_by_default() -> None:
+    assert kk.calibrate_channels(rand(2, 5, 1, 64)).shape == (1, 8)
+    assert kk.calibrate_channels(rand(5, 3, 256)).shape == (3, 16)
+    assert kk.calibrate_channels(torch.ones(5, 1, 64), r=3).tolist() == [[0, 1, 2]]  # of equal ones the lower
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": torch.zeros(4, 2, 64, dtype=torch.int32)}, TypeError, "k must be floating point; got torch.int32"),
+        (
+            {"k": rand(4, 64)},
+            ValueError,
+            r"k must be \[T, heads, D\] or \[B, T, heads, D\], and not empty; got \[4, 64\]",
+        ),
+        ({"k": rand(0, 2, 64)}, ValueError, r"and not empty; got \[0, 2, 64\]"),
+        ({"q": rand(4, 3, 64)}, ValueError, r"q must be \[..., Hq, 64\] with Hq a multiple of 2"),
+        ({"q": rand(4, 2, 32)}, ValueError, r"q must be \[..., Hq, 64\]"),
+        ({"r": 0}, ValueError, "r must be 1 to 64, k's head_dim; got 0"),
+        ({"r": 65}, ValueError, "r must be 1 to 64, k's head_dim; got 65"),
+        ({"k": rand(4, 2, 64) / 0}, ValueError, "k or q holds NaN or Inf"),
+    ],
+)
+def test_channels_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"calibrate_channels: .*{message}"):
+        kk.calibrate_channels(**{"k": rand(4, 2, 64), **change})

@@ -66,6 +66,9 @@ SPLIT: list[Case] = [
     {**ALL_OPTIONS, "formats": ("bf16", "u2", "u4"), "transform": True},
     {"op": "flash_decode", "cache": "bf16 MLA", "D": 576, "Hk": 1, "Hv": 1, "Hq": 16},
     {"op": "flash_decode", "cache": "bf16 NHD", "Hk": 4, "Hv": 2, "page_size": 5},
+    {"op": "sparse_attention", "of": "pages", "formats": ("bf16",)},
+    {"op": "sparse_attention", "of": "tokens", "formats": ("bf16", "u2", "u4"), "transform": True, "Tq": 2},
+    {"op": "sparse_attention", "of": "entries", "formats": ("kivi2", "u3/u2"), "window": 900},
 ]
 
 
@@ -75,7 +78,7 @@ def test_bits_do_not_depend_on_threads_or_company(
     case: Case, split_tokens: int, threads: Callable[[int], None]
 ) -> None:
     full: Case = {"Hq": 8, "Hkv": 2, "D": 128, "page_size": 32, "dtype": "float32", "Tq": 1, **case,
-                  "lens": (700, 33, 0, 1, 1500)}  # fmt: skip
+                  "part": 0.5, "lens": (700, 33, 0, 1, 1500)}  # fmt: skip
     name = case.get("op", "quant_attention")
     attend = getattr(kk, name)
     (q, *cache, table, lens), options = OPS[name].make(full)
@@ -90,6 +93,8 @@ def test_bits_do_not_depend_on_threads_or_company(
                 some[option] = value[rows]
             elif option == "extra":
                 some[option] = tuple(x[rows] for x in value)
+            elif option in ("pages", "tokens", "entries"):
+                some[option] = value[rows]
         part, part_lse = attend(q[rows], *cache, table[rows], lens[rows], **some)
         assert torch.equal(part, out[rows])
         assert torch.equal(part_lse, lse[rows])

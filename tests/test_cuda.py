@@ -18,7 +18,8 @@ HEADS, D, PAGE = 2, 128, 64
 
 
 class Step:
-    """A decode step on static tensors: write a token per sequence, pack a page, find what is shared, attend, merge.
+    """A decode step on static tensors: write a token per sequence, pack a page, find what is shared, attend, merge;
+    choose pages, bring them from main memory, attend to them, and to chosen tokens.
     Lengths, slots, the page table and the pairs are data, so a graph of it serves any of them."""
 
     def __init__(self, batch: int, pages: int):
@@ -34,6 +35,8 @@ class Step:
         self.pairs = torch.full((1, 2), -1, dtype=torch.int32, device=DEVICE)
         self.table = torch.zeros(batch, pages, dtype=torch.int32, device=DEVICE)
         self.lens = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+        self.summaries = kk.page_summaries(kv, self.table, self.lens)
+        self.small, self.offloaded = kk.offload(kv, 1, 6, batch, pages)
 
     def fill(self, seed: int) -> None:
         gen = torch.Generator().manual_seed(seed)
@@ -62,7 +65,18 @@ class Step:
         planned = kk.prefix_attention(self.q, self.kv, self.table, self.lens, plan=plan, return_lse=True)
         merged = kk.merge_states([out, planned[0]], [lse, planned[1]])
         read = kk.read_kv(self.kv, 0, self.slots, torch.bfloat16)
-        return out, lse, *plan, *planned, *merged, *read, kk.fwht(out)
+        return out, lse, *plan, *planned, *merged, *read, kk.fwht(out), *self.sparse()
+
+    def sparse(self) -> tuple[Tensor, ...]:
+        table, lens = self.table, self.lens
+        summaries = kk.page_summaries(self.kv, table, lens, out=self.summaries)
+        pages = kk.select_pages(kk.score_pages(self.q, summaries, table, lens), lens, 5, page_size=PAGE)
+        for b in range(len(lens)):  # pages of host are others with each table
+            self.offloaded.reset(b)
+        entries = kk.gather_pages(self.offloaded, table, pages)
+        coarse = kk.sparse_attention(self.q, self.small, table, lens, pages=pages, entries=entries)
+        tokens = kk.select_tokens(kk.score_tokens(self.q, self.kv, table, lens), lens, 80)
+        return pages, entries, coarse, tokens, kk.sparse_attention(self.q, self.kv, table, lens, tokens=tokens)
 
 
 @pytest.mark.traced
@@ -174,5 +188,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
 @pytest.mark.traced
 def test_calibration_stays_on_the_gpu() -> None:
     k = torch.randn(100, HEADS, D, device=DEVICE)
-    found: Any = kk.calibrate_keys(k, torch.randn(100, 4 * HEADS, D, device=DEVICE))
+    q = torch.randn(100, 4 * HEADS, D, device=DEVICE)
+    found: Any = kk.calibrate_keys(k, q)
     assert {t.device for t in found} == {k.device}
+    assert kk.calibrate_channels(k, q).device == k.device

@@ -142,7 +142,7 @@ def cases() -> list[dict[str, Any]]:
         {**base, "lens": ()},
         *(
             {**exact, "formats": (f,), "reduce": reduce}
-            for f, reduce in zip(("bf16", "u2", "u4", "f16 NHD"), _scores.REDUCES)
+            for f, reduce in zip(("bf16", "u2", "u4", "f16"), _scores.REDUCES)
         ),
         {**exact, "formats": ("bf16", "u2", "kivi2"), "page_size": 32, "transform": True, "Tq": 3},
     ]
