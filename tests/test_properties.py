@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kvkernels as kk
-from kvkernels.ops import OPS, plan_prefix
+from kvkernels.ops import OPS, _attention, plan_prefix
 
 EXAMPLES = 80 if CPU else 6 if SIMT else 40
 settings.register_profile(
@@ -91,6 +91,20 @@ def prefix_cases(draw: st.DrawFn) -> dict[str, Any]:
     return case
 
 
+@st.composite
+def sparse_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """The same over lists of pages, of tokens, or of entries."""
+    case = draw(attention_cases())
+    case.update(
+        of=draw(st.sampled_from(("pages", "tokens", "entries"))), part=draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    )
+    case["shared"] = draw(st.sampled_from(("", "", "heads", "both")))
+    return case
+
+
+CASES = {"flash_decode": decode_cases, "prefix_attention": prefix_cases, "sparse_attention": sparse_cases}
+
+
 @settings(max_examples=5 * EXAMPLES // 2)
 @given(case=attention_cases(), seed=st.integers(0, 1000), n=st.sampled_from((1, 2)))
 def test_attention_is_the_reference(case: dict[str, Any], seed: int, n: int) -> None:
@@ -106,12 +120,10 @@ def test_attention_is_the_reference(case: dict[str, Any], seed: int, n: int) -> 
         assert_as_good_as(got[i], plain[i], exact[i], ("out", "lse")[i], tiny=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flash_decode", "prefix_attention"])
+@pytest.mark.parametrize("name", CASES)
 @given(data=st.data(), seed=st.integers(0, 1000), n=st.sampled_from((1, 2)))
-def test_attention_on_caches_and_shared_pages_is_the_reference(
-    name: str, data: st.DataObject, seed: int, n: int
-) -> None:
-    op, case = OPS[name], data.draw(decode_cases() if name == "flash_decode" else prefix_cases())
+def test_other_attention_is_the_reference(name: str, data: st.DataObject, seed: int, n: int) -> None:
+    op, case = OPS[name], data.draw(CASES[name]())
     args, options = op.make(case, seed)
     torch.set_num_threads(n)
     got = getattr(kk, name)(*args, **options)
@@ -246,6 +258,52 @@ def test_pack_pages_writes_the_definition(
     args, _ = pack.make(case, seed)
     kk.pack_pages(*args)
     assert torch.equal(args[0].pools[1], want)
+
+
+@given(data=st.data(), n=st.sampled_from((1, 2)))
+def test_selection_is_a_sort(data: st.DataObject, n: int) -> None:
+    """Of few or many different scores, with more or fewer items than are wanted, forced ones among them."""
+    draw = data.draw
+    size = draw(st.sampled_from((1, 16)))
+    items = draw(st.integers(1, 60) | st.sampled_from((255, 256, 257, 1024, 3000)))
+    lens = tuple(draw(st.lists(st.integers(0, items * size) | st.just(items * size), min_size=1, max_size=3)))
+    case: dict[str, Any] = {"H": draw(st.integers(1, 3)), "n": items, "page_size": size, "lens": lens,
+                            "sink": draw(st.integers(0, 4)), "recent": draw(st.integers(0, 4)),
+                            "row_k": draw(st.booleans()), "nan": draw(st.booleans()),
+                            "close": draw(st.booleans())}  # fmt: skip
+    case["k"] = max(1, case["sink"] + case["recent"] + draw(st.integers(0, 20) | st.integers(0, items)))
+    if draw(st.booleans()):
+        case["values"] = draw(st.integers(1, 300))
+    op = OPS["select_pages"]
+    args, options = op.make(case, draw(st.integers(0, 1000)))
+    torch.set_num_threads(n)
+    got = kk.select_pages(*args, **options)
+    torch.set_num_threads(1)
+    assert torch.equal(got, op.reference(*args, **options))
+
+
+@given(case=attention_cases(), kind=st.sampled_from(("minmax", "mean", "channels")), bits=st.sampled_from((16, 8, 4)),
+       r=st.integers(1, 40), reduce=st.sampled_from(("max", "sum", "softmax_max", "softmax_sum")),
+       seed=st.integers(0, 1000))  # fmt: skip
+def test_summaries_and_scores_are_the_reference(
+    case: dict[str, Any], kind: str, bits: int, r: int, reduce: str, seed: int
+) -> None:
+    if case["page_size"] % 16 or (bits == 4 and kind != "channels"):
+        bits = 16
+    case.update(kind=kind, bits=bits, r=min(r, case["D"]), reduce=reduce)
+    op = OPS["page_summaries"]
+    args, options = op.make(case, seed)
+    summaries = kk.page_summaries(*args, **options)
+    for mine, truth in zip(summaries.records, op.reference(*args, **options).records):
+        assert torch.equal(mine, truth)
+    kv, table, lens = args
+    q = _attention.random_queries(case, case["D"], torch.Generator().manual_seed(seed))
+    names = ("score_tokens",) if kind == "channels" else ("score_pages", "score_tokens", "score_pages")
+    for name, source in zip(names, (summaries, kv, kv)):
+        score, reference = getattr(kk, name), OPS[name].reference
+        got = score(q, source, table, lens, reduce=reduce)
+        exact, plain = (reference(q, source, table, lens, reduce=reduce, dtype=d) for d in (torch.float64, q.dtype))
+        assert_as_good_as(got, plain, exact, name, tiny=1e-5)
 
 
 @given(S=st.integers(1, 6), N=st.integers(1, 20), D=st.integers(1, 140), seed=st.integers(0, 1000))
