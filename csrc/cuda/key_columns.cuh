@@ -29,7 +29,7 @@ struct Keys {
 
   template <typename Piece>
   __device__ __forceinline__ void load_piece(int at, const uint8_t* p) {
-    const Piece x = *reinterpret_cast<const Piece*>(p);
+    const Piece x = __ldg(reinterpret_cast<const Piece*>(p));
     memcpy(w + at, &x, sizeof(Piece));
   }
 
@@ -61,16 +61,16 @@ struct Keys {
       if (codes == 32) load_piece<Piece>(8 * group + kHalf, low + sizeof(Piece));
       if constexpr (Fmt::bits == 3) {
         const uint8_t* high = first.page + Fmt::plane1_offset(page_size, head_dim) + (token * head_dim + c) / 8;
-        w[8 * group + 4] =
-            codes == 32 ? *reinterpret_cast<const uint32_t*>(high) : *reinterpret_cast<const uint16_t*>(high);
+        w[8 * group + 4] = codes == 32 ? __ldg(reinterpret_cast<const uint32_t*>(high))
+                                       : __ldg(reinterpret_cast<const uint16_t*>(high));
       }
     }
     const uint8_t* scale = first.page + Fmt::scales_offset(page_size, head_dim);
     const int64_t two = first.token + 2 * t;
     if (key_groups(head_dim) == 2)
-      scales = *reinterpret_cast<const uint2*>(scale + two * 4);
+      scales = __ldg(reinterpret_cast<const uint2*>(scale + two * 4));
     else
-      scales.x = *reinterpret_cast<const uint32_t*>(scale + two * 2);
+      scales.x = __ldg(reinterpret_cast<const uint32_t*>(scale + two * 2));
   }
 
   __device__ __forceinline__ float scale(int column, int group, int groups) const {

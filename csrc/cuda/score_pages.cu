@@ -13,7 +13,8 @@ struct Args : ScorePagesParams {
   ScoreRows rows;
   ScoreSink sink;
   Items which;
-  int64_t record_bytes, chunks;
+  int64_t record_bytes;
+  uint32_t heads, chunks;
   // A record has `parts` of part_channels numbers with a scale each (at 16 bits one part, and no scale).
   int digits, parts, part_channels, units_per_part;
 };
@@ -44,24 +45,23 @@ __device__ __forceinline__ void build_queries(const Args& a, const QueryTile& qu
 template <int Bits>
 __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_constant__ const Args a) {
   KK_DYN_SMEM(uint4, smem);
-  const int h = static_cast<int>(blockIdx.x % a.Hkv), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t b = blockIdx.x / a.Hkv / a.chunks, head = b * a.Hkv + h;
-  const int64_t count = a.which.count(b), first = blockIdx.x / a.Hkv % a.chunks * kBlockItems;
-  for (int64_t i = max(first, count) + threadIdx.x; i < min(first + kBlockItems, a.n); i += kScoreThreads)
-    a.out[head * a.n + i] = -INFINITY;
+  const int h = static_cast<int>(blockIdx.x % a.heads), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
+  const uint32_t count = a.which.count(b), first = blockIdx.x / a.heads % a.chunks * kBlockItems;
+  a.sink.fill_behind(head, first, count);
   if (first >= count) return;
 
   const int units = a.parts * a.units_per_part;
   const QueryTile queries{smem, a.digits, units * kRun<Bits>, kRun<Bits>};
-  const int64_t own = first + threadIdx.x / 32 * kWarpItems;  // items of the warp
-  const uint8_t* record = nullptr;                            // of item own + lane
-  if (a.which.has(b, own + lane)) {
+  const uint32_t own = first + threadIdx.x / 32 * kWarpItems;  // items of the warp
+  const uint8_t* record = nullptr;                             // of item own + lane
+  if (own + lane < count && a.which.has(b, own + lane)) {
     const int32_t entry = a.offsets ? 0 : a.page_table[b * a.table_stride + own + lane];
-    const int64_t page = a.offsets ? b * a.n + own + lane : entry & kPageMask;
-    record = a.records[entry >> 28] + (page * a.Hkv + h) * a.record_bytes;
+    const int64_t page = a.offsets ? b * a.which.n + own + lane : entry & kPageMask;
+    record = a.records[entry >> 28] + (page * a.heads + h) * a.record_bytes;
   }
   const unsigned there = __ballot_sync(kWholeWarp, record != nullptr);
-  const int steps = static_cast<int>(min(int64_t(kWarpItems), max(count - own, int64_t(0))) + kColumns - 1) / kColumns;
+  const int steps = steps_of(own, count);
   const int halves = (units + kUnits - 1) / kUnits, tiles = (a.rows.rows + kTileRows - 1) / kTileRows;
 
   uint4 w[kUnits];
@@ -75,11 +75,11 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
       const int c = (unit - part * a.units_per_part) * 16 * kRun<Bits> + t * 4 * kRun<Bits>;
       w[i] = make_uint4(0, 0, 0, 0);
       if (unit < units && c < a.part_channels && column)
-        w[i] = *reinterpret_cast<const uint4*>(column + (part * a.part_channels + c) * Bits / 8);
+        w[i] = __ldg(reinterpret_cast<const uint4*>(column + (part * a.part_channels + c) * Bits / 8));
     }
     if (Bits == 8 && column) {
       const uint16_t* s = reinterpret_cast<const uint16_t*>(column + a.parts * a.part_channels);
-      scales = s[0] | static_cast<uint32_t>(a.parts == 2 ? s[1] : 0) << 16;
+      scales = __ldg(s) | static_cast<uint32_t>(a.parts == 2 ? __ldg(s + 1) : 0) << 16;
     }
   };
   if (steps > 0) load(0, 0);
@@ -130,8 +130,7 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
       const unsigned columns = there >> (step * kColumns);
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = columns >> (2 * t + i % 2) & 1u ? x[i] * a.scale : -INFINITY;
-      const int64_t item = own + step * kColumns;
-      a.sink.put(head, a.rows.rows, tile * kTileRows, item, static_cast<int>(min(int64_t(kColumns), count - item)), x);
+      a.sink.put(head, a.rows.rows, tile * kTileRows, own + step * kColumns, count, x);
     }
   }
 }
@@ -145,10 +144,12 @@ int64_t score_pages_workspace(const ScorePagesParams& p, const CudaExec&) {
 void score_pages(const ScorePagesParams& p, const CudaExec& exec) {
   const ReduceLayout layout(p, 0, is_softmax(p.reduce));
   const bool minmax = p.layout.kind == SummaryKind::minmax;
-  Args a{p, ScoreRows(p), {}, {p.seq_lens, p.offsets, p.offsets_stride, p.n, p.page_size}};
-  a.sink = {is_softmax(p.reduce) ? static_cast<float*>(p.workspace) : nullptr, p.out, p.n, p.reduce};
+  Args a{p, ScoreRows(p), {}, items_of("score_pages", p, p.n, p.page_size)};
+  a.sink = {is_softmax(p.reduce) ? static_cast<float*>(p.workspace) : nullptr, p.out, a.which.n, p.reduce};
   a.record_bytes = summary_bytes(p.layout);
-  a.chunks = (p.n + kBlockItems - 1) / kBlockItems;
+  a.which.offsets = p.offsets, a.which.offsets_stride = p.offsets_stride;
+  a.heads = static_cast<uint32_t>(p.Hkv);
+  a.chunks = static_cast<uint32_t>(p.n + kBlockItems - 1) / kBlockItems;
   a.digits = digits_of(p.dtype);
   const auto run = [&](auto bits) {
     constexpr int Bits = bits.value;
@@ -156,7 +157,7 @@ void score_pages(const ScorePagesParams& p, const CudaExec& exec) {
     a.part_channels = static_cast<int>(Bits == 16 && minmax ? 2 * p.D : p.D);
     a.units_per_part = (a.part_channels * Bits / 8 + 63) / 64;
     const int64_t smem = QueryTile::bytes(a.digits, a.parts * a.units_per_part * kRun<Bits>);
-    const unsigned blocks = blocks_of("score_pages", p.B * a.chunks * p.Hkv);
+    const unsigned blocks = blocks_of("score_pages", p.B * p.Hkv * a.chunks);
     launch(score_pages_kernel<Bits>, dim3(blocks), dim3(kScoreThreads), static_cast<size_t>(smem), exec.stream, a);
   };
   p.layout.bits == 16 ? run(Int<16>{}) : run(Int<8>{});

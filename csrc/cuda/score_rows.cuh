@@ -142,35 +142,47 @@ __device__ __forceinline__ float max_or_nan(float a, float b) { return a > b || 
 __device__ __forceinline__ bool keeps_max(Reduce r) { return r == Reduce::max || r == Reduce::softmax_max; }
 inline bool is_softmax(Reduce r) { return r == Reduce::softmax_max || r == Reduce::softmax_sum; }
 
+// 8-column steps of a warp whose items begin at `own`.
+__device__ __forceinline__ int steps_of(uint32_t own, uint32_t count) {
+  return own < count ? static_cast<int>(min(uint32_t{kWarpItems}, count - own) + kColumns - 1) / kColumns : 0;
+}
+
 // Where scores go: kept for each row (what a softmax or a page's best token needs), or reduced over the rows.
 struct ScoreSink {
   float* kept;  // [B * Hkv * rows][items] or null
   float* out;   // [B * Hkv][items]
-  int64_t items;
+  uint32_t items;
   Reduce reduce;
 
   __device__ float combine(float a, float b) const { return keeps_max(reduce) ? max_or_nan(a, b) : a + b; }
 
-  // x[i] as Sums::value(i), of rows `tile` ... and items first ... first + n - 1, n <= 8; by a warp.
-  __device__ __forceinline__ void put(int64_t head, int rows, int tile, int64_t first, int n,
+  // Of the items of a block, those that a sequence does not have.
+  __device__ __forceinline__ void fill_behind(int64_t head, uint32_t first, uint32_t count) const {
+    if (kept) return;
+    for (uint32_t i = threadIdx.x; i < kBlockItems; i += kScoreThreads)
+      if (first + i >= count && first + i < items) out[head * items + first + i] = -INFINITY;
+  }
+
+  // x[i] as Sums::value(i), of rows `tile` ... and items first ... first + 7, if below count; by a warp.
+  __device__ __forceinline__ void put(int64_t head, int rows, int tile, uint32_t first, uint32_t count,
                                       const float (&x)[4]) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = tile + g;
+    const int row = tile + threadIdx.x % 32 / 4;
+    const uint32_t item = first + threadIdx.x % 4 * 2;
     if (kept) {
+      float* to = kept + (head * rows + row) * items + item;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = row + i / 2 * 8, column = 2 * t + i % 2;
-        if (r < rows && column < n) kept[(head * rows + r) * items + first + column] = x[i];
-      }
+      for (int i = 0; i < 4; ++i)
+        if (row + i / 2 * 8 < rows && item + i % 2 < count) to[int64_t{i / 2 * 8} * items + i % 2] = x[i];
       return;
     }
     const float none = keeps_max(reduce) ? -INFINITY : 0.0f;
+    float* to = out + head * items + item;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float y = combine(row < rows ? x[i] : none, row + 8 < rows ? x[2 + i] : none);
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) y = combine(y, __shfl_xor_sync(kWholeWarp, y, lanes));
-      float* to = out + head * items + first + 2 * t + i;
-      if (g == 0 && 2 * t + i < n) *to = tile == 0 ? y : combine(*to, y);
+      if (row == tile && item + i < count) to[i] = tile == 0 ? y : combine(to[i], y);
     }
   }
 };

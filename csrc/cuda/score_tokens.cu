@@ -12,19 +12,12 @@ struct Args : ScoreTokensParams {
   ScoreRows rows;
   ScoreSink sink;
   Items tokens;
-  int64_t chunks;
+  uint32_t heads, chunks;
   PoolSide side[kMaxPools];
   int plain_digits, rotated_digits;  // 0: no pool needs such queries
   bool some_f16, transform_vector;
   int64_t record_bytes;
 };
-
-// What a block does for tokens that are not there.
-__device__ __forceinline__ void fill_behind(const Args& a, int64_t head, int64_t first, int64_t count) {
-  if (a.sink.kept) return;
-  for (int64_t i = max(first, count) + threadIdx.x; i < min(first + kBlockItems, a.tokens.n); i += kScoreThreads)
-    a.sink.out[head * a.tokens.n + i] = -INFINITY;
-}
 
 // q of a tile, and q' = H (q / t) with q.mu, so that q.k = q'.k' + q.mu.
 __device__ __forceinline__ void build_queries(const Args& a, const QueryTile& plain, const QueryTile& rotated,
@@ -66,26 +59,26 @@ __device__ __forceinline__ void build_queries(const Args& a, const QueryTile& pl
 __global__ __launch_bounds__(kScoreThreads, 4) void score_keys_kernel(__grid_constant__ const Args a) {
   KK_DYN_SMEM(uint4, smem);
   KK_SHARED(float, bias, [kTileRows]);
-  const int h = static_cast<int>(blockIdx.x % a.Hkv), lane = threadIdx.x % 32, g = lane / 4;
-  const int64_t b = blockIdx.x / a.Hkv / a.chunks, head = b * a.Hkv + h;
-  const int64_t count = a.tokens.count(b), begin = blockIdx.x / a.Hkv % a.chunks * kBlockItems;
-  fill_behind(a, head, begin, count);
+  const int h = static_cast<int>(blockIdx.x % a.heads), lane = threadIdx.x % 32, g = lane / 4;
+  const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
+  const uint32_t count = a.tokens.count(b), begin = blockIdx.x / a.heads % a.chunks * kBlockItems;
+  a.sink.fill_behind(head, begin, count);
   if (begin >= count) return;
 
   const int D = static_cast<int>(a.D);
   const QueryTile plain{smem, a.plain_digits, plain_steps(D), kPlainRun};
   const QueryTile rotated{smem + QueryTile::bytes(plain.digits, plain.steps) / 16, a.rotated_digits, rotated_steps(D),
                           rotated_run(D)};
-  const int64_t own = begin + threadIdx.x / 32 * kWarpItems;  // tokens of the warp
-  unsigned long long page = 0;                                // that of token own + lane
-  uint32_t where = 0;                                         // pool << 28 | token in the page
+  const uint32_t own = begin + threadIdx.x / 32 * kWarpItems;  // tokens of the warp
+  unsigned long long page = 0;                                 // that of token own + lane
+  uint32_t where = 0;                                          // pool << 28 | token in the page
   if (own + lane < count) {
     const Slot at = locate(own + lane, a.page_size);
     const int32_t entry = a.page_table[b * a.table_stride + at.page];
     page = reinterpret_cast<unsigned long long>(a.side[entry >> 28].page(entry & kPageMask, h));
     where = static_cast<uint32_t>(entry >> 28) << 28 | static_cast<uint32_t>(at.token);
   }
-  const int steps = static_cast<int>(min(int64_t(kWarpItems), max(count - own, int64_t(0))) + kColumns - 1) / kColumns;
+  const int steps = steps_of(own, count);
 
   Keys keys;
   KeyPlace first{};  // of the 8 columns of a step
@@ -150,8 +143,7 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_keys_kernel(__grid_con
       for (int i = 0; i < 4; ++i) x[i] *= a.scale;
       const bool last = step + 1 == steps;
       if (!last || tile + 1 < tiles) load(last ? 0 : step + 1);
-      const int64_t item = own + step * kColumns;
-      a.sink.put(head, a.rows.rows, tile * kTileRows, item, static_cast<int>(min(int64_t(kColumns), count - item)), x);
+      a.sink.put(head, a.rows.rows, tile * kTileRows, own + step * kColumns, count, x);
     }
   }
 }
@@ -167,17 +159,17 @@ __device__ __forceinline__ float label(const uint8_t* record, int64_t i) {
 template <int Bits>
 __global__ __launch_bounds__(kScoreThreads) void score_labels_kernel(__grid_constant__ const Args a) {
   KK_DYN_SMEM(float, queries);  // [channels][kTileRows]
-  const int h = static_cast<int>(blockIdx.x % a.Hkv), r = static_cast<int>(a.layout.channels);
-  const int64_t b = blockIdx.x / a.Hkv / a.chunks, head = b * a.Hkv + h;
-  const int64_t count = a.tokens.count(b), begin = blockIdx.x / a.Hkv % a.chunks * kBlockItems;
-  fill_behind(a, head, begin, count);
+  const int h = static_cast<int>(blockIdx.x % a.heads), r = static_cast<int>(a.layout.channels);
+  const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
+  const uint32_t count = a.tokens.count(b), begin = blockIdx.x / a.heads % a.chunks * kBlockItems;
+  a.sink.fill_behind(head, begin, count);
   if (begin >= count) return;
 
-  const int64_t item = begin + threadIdx.x;
+  const uint32_t item = begin + threadIdx.x;
   const bool active = item < count;
   const Slot at = locate(active ? item : 0, a.page_size);
   const int32_t entry = a.page_table[b * a.table_stride + at.page];
-  const uint8_t* record = a.records[entry >> 28] + (int64_t(entry & kPageMask) * a.Hkv + h) * a.record_bytes;
+  const uint8_t* record = a.records[entry >> 28] + (int64_t{entry & kPageMask} * a.heads + h) * a.record_bytes;
   float scale = a.scale;
   if (Bits != 16)
     scale *= bf16_to_float(reinterpret_cast<const uint16_t*>(record + summary_codes_bytes(a.layout))[at.token]);
@@ -213,23 +205,24 @@ __global__ __launch_bounds__(kScoreThreads) void score_labels_kernel(__grid_cons
 
 // A thread takes a page of a head: the best of its tokens for every row, kept for each or reduced over the rows.
 __global__ __launch_bounds__(kReduceThreads) void best_of_pages_kernel(const float* tokens, ScoreSink sink, Items pages,
-                                                                       int64_t heads_each, int64_t rows,
-                                                                       int64_t chunks) {
-  const int64_t head = blockIdx.x / chunks, size = pages.item_tokens, b = head / heads_each;
-  const int64_t count = pages.count(b), len = min(int64_t(pages.seq_lens[b]), count * size);
-  for (int64_t i = blockIdx.x % chunks * kChunk + threadIdx.x, j = 0; j < kChunk / kReduceThreads;
-       ++j, i += kReduceThreads) {
-    if (i >= pages.n) break;
-    float y = keeps_max(sink.reduce) ? -INFINITY : 0.0f;
-    for (int64_t r = head * rows; r < (head + 1) * rows && i < count; ++r) {
+                                                                       uint32_t heads_each, int rows) {
+  const uint32_t chunks = (pages.n + kReduceThreads - 1) / kReduceThreads, size = pages.item_tokens;
+  const uint32_t head = blockIdx.x / chunks, page = blockIdx.x % chunks * kReduceThreads + threadIdx.x;
+  if (page >= pages.n) return;
+  const uint32_t b = head / heads_each;
+  float y = -INFINITY;
+  if (page < pages.count(b)) {
+    const uint32_t size_here = min(size, static_cast<uint32_t>(pages.seq_lens[b]) - page * size);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t row = static_cast<int64_t>(head) * rows + r;
+      const float* of_page = tokens + (row * pages.n + page) * size;
       float best = -INFINITY;
-      for (int64_t token = i * size; token < min((i + 1) * size, len); ++token)
-        best = max_or_nan(tokens[r * pages.n * size + token], best);
-      if (sink.kept) sink.kept[r * pages.n + i] = best;
-      y = sink.combine(best, y);
+      for (uint32_t i = 0; i < size_here; ++i) best = max_or_nan(of_page[i], best);
+      if (sink.kept) sink.kept[row * pages.n + page] = best;
+      y = r == 0 ? best : sink.combine(best, y);
     }
-    if (!sink.kept) sink.out[head * pages.n + i] = i < count ? y : -INFINITY;
   }
+  if (!sink.kept) sink.out[static_cast<int64_t>(head) * pages.n + page] = y;
 }
 
 ReduceLayout layout_of(const ScoreTokensParams& p) {
@@ -271,21 +264,23 @@ void score_tokens(const ScoreTokensParams& p, const CudaExec& exec) {
   const ReduceLayout layout = layout_of(p);
   float* kept_tokens = static_cast<float*>(p.workspace);
   float* kept_items = is_softmax(p.reduce) ? kept_tokens + layout.items_at / 4 : nullptr;
-  const ScoreSink sink{kept_items, p.out, p.n, p.reduce};
-  const Items items{p.seq_lens, nullptr, 0, p.n, p.best_of_page ? p.page_size : 1};
+  const Items items = items_of(op, p, p.n, p.best_of_page ? p.page_size : 1);
+  const ScoreSink sink{kept_items, p.out, items.n, p.reduce};
 
   Args a{p, ScoreRows(p), sink, items};
   if (p.best_of_page) {
-    a.tokens.n = a.sink.items = p.n * p.page_size;
-    a.tokens.item_tokens = 1;
-    a.sink.kept = kept_tokens;
+    a.tokens = items_of(op, p, p.n * p.page_size, 1);
+    a.sink = {kept_tokens, nullptr, a.tokens.n, p.reduce};
   }
+  a.heads = static_cast<uint32_t>(p.Hkv);
   a.chunks = (a.tokens.n + kBlockItems - 1) / kBlockItems;
-  const unsigned blocks = blocks_of(op, p.B * a.chunks * p.Hkv);
+  const unsigned blocks = blocks_of(op, p.B * p.Hkv * a.chunks);
   p.records[0] ? score_labels(a, blocks, exec) : score_keys(a, blocks, exec);
-  if (p.best_of_page)
-    launch(best_of_pages_kernel, dim3(blocks_of(op, p.B * p.Hkv * layout.chunks)), dim3(kReduceThreads), 0, exec.stream,
-           kept_tokens, sink, items, p.Hkv, p.Tq * (p.Hq / p.Hkv), layout.chunks);
+  if (p.best_of_page) {
+    const int64_t page_blocks = (p.n + kReduceThreads - 1) / kReduceThreads;
+    launch(best_of_pages_kernel, dim3(blocks_of(op, p.B * p.Hkv * page_blocks)), dim3(kReduceThreads), 0, exec.stream,
+           kept_tokens, sink, items, a.heads, a.rows.rows);
+  }
   if (is_softmax(p.reduce)) reduce_softmax(op, p, sink, items, layout, p.workspace, exec);
 }
 
