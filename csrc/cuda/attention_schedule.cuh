@@ -5,9 +5,14 @@
 // all its sequences. Blocks take equal shares of the list (node, group, row tile, unit), so that at most two segments
 // of a block are cut from a (node, group, row tile). Both kernels find the shares by the same arithmetic from what lies
 // on the device: no plan on the host, no atomics. With split_tokens segments are fixed intervals, whatever the batch.
+//
+// With a selection, tokens are counted along the list: units, spans and segments are about the sequence of the selected
+// tokens, which is another one for every group. How long it is, a kernel before the others finds (sparse_attention.cu).
 // Source: equal shares as in FlashMLA's get_decoding_sched_meta; Dao 2023, Flash-Decoding (split over tokens, merge);
 // Juravsky 2024, Hydragen (queries of a shared prefix as rows of one product).
 #pragma once
+#include <type_traits>
+
 #include "cuda/rows.cuh"
 #include "kvkernels/ops/attention.h"
 
@@ -58,11 +63,24 @@ struct Layout {
   float row_factor;  // on the weights of 16-bit values: kWeightFactor, or 1 where bf16 is among them and might overflow
   uint32_t bias;     // kBias
   float* partials;   // rows of partial_floats(): [2 blocks or (B, tile, split)][block_rows], then `whole`
+  bool gather;       // units are 16 selected tokens from anywhere: of a list of tokens, or of pages without whole units
 };
 
 struct Params : AttentionParams {
+  static constexpr bool sparse = false;
   Layout layout;
 };
+
+// Selected tokens of a sequence and group: all of them, those before `sink` of Span, those before its first_token.
+struct alignas(16) Selected {
+  int all, sink, first_token;
+};
+struct SparseParams : Params {
+  static constexpr bool sparse = true;
+  Selected* selected;  // [B, Hkv]
+};
+template <bool Sparse>
+using ParamsOf = std::conditional_t<Sparse, SparseParams, Params>;
 
 struct State {
   float m, l;  // running maximum in units of log 2, sum of exp2(score - m)
@@ -80,8 +98,9 @@ struct Node {
 
 __device__ __forceinline__ int64_t num_nodes(const Params& p) { return p.plan.nodes ? p.plan.num_nodes : p.B; }
 
-__device__ __forceinline__ Node node_at(const Params& p, int64_t n) {
-  const int64_t room = p.max_pages * p.page_size;
+template <typename P>
+__device__ __forceinline__ Node node_at(const P& p, int64_t n) {
+  const int64_t room = P::sparse && p.selection.entries ? INT32_MAX : p.max_pages * p.page_size;
   if (p.plan.nodes) {
     const PlanNode& x = p.plan.nodes[n];
     const int end = static_cast<int>(min(int64_t(x.end), room));
@@ -107,7 +126,8 @@ KK_HD int64_t num_tiles(const Layout& layout, int64_t rows) {
 }
 
 // What of a node's tokens the queries of a group may see: those before `sink`, and [first_token, end). Units are
-// counted from the node's begin; the list has the first sink_units of them and those from first_unit on.
+// counted from the node's begin; the list has the first sink_units of them and those from first_unit on. With a
+// selection all of these count selected tokens, from 0.
 struct Span {
   int begin, end;
   int sink, first_token;
@@ -115,7 +135,8 @@ struct Span {
   int window;  // < 0: none
 };
 
-__device__ __forceinline__ Span span_of(const Params& p, const Node& node, int group) {
+template <typename P>
+__device__ __forceinline__ Span span_of(const P& p, const Node& node, int group) {
   Span s{node.begin, node.end, 0, node.begin, 0, 0, 0, -1};
   int64_t window = p.window_left;
   if (p.head_windows) {
@@ -126,9 +147,17 @@ __device__ __forceinline__ Span span_of(const Params& p, const Node& node, int g
     s.window = static_cast<int>(min(window, int64_t(INT32_MAX)));
     s.first_token = static_cast<int>(max(node.end - p.Tq - window, int64_t(0)));
   }
-  const int unit = p.layout.unit, all = (node.end - node.begin + unit - 1) / unit;
+  if constexpr (P::sparse) {
+    const Selected& selected = p.selected[node.first * p.Hkv + group];
+    s.begin = 0;
+    s.end = selected.all;
+    s.sink = selected.sink;
+    s.first_token = selected.first_token;
+  }
+  const int unit = p.layout.unit, all = (s.end - s.begin + unit - 1) / unit;
   s.sink_units = (s.sink + unit - 1) / unit;
-  s.first_unit = max((s.first_token - node.begin) / unit, s.sink_units);
+  s.first_unit = max((s.first_token - s.begin) / unit, s.sink_units);
+  if (P::sparse && s.first_token == s.end) s.first_unit = max(all, s.sink_units);  // the window has no selected token
   s.units = s.sink_units + max(all - s.first_unit, 0);
   return s;
 }
@@ -143,7 +172,8 @@ struct Splits {
     of_sink = (s.sink_units + units_each - 1) / units_each;
     first = max(s.first_unit / units_each, of_sink);
     const int64_t last = s.first_unit + (s.units - s.sink_units) - 1;  // unit; those of the window come last
-    count = of_sink + max(last / units_each - first + 1, int64_t(0));
+    count = of_sink;
+    if (s.units > s.sink_units) count += max(last / units_each - first + 1, int64_t(0));
   }
   __device__ int64_t begin(int64_t i) const {
     const int64_t unit = (i < of_sink ? i : first + i - of_sink) * units_each;
@@ -181,15 +211,29 @@ struct Steps {
 };
 
 // Steps of the list that the node's groups before `group` have.
-__device__ __forceinline__ int64_t steps_before(const Params& p, const Node& node, int group) {
+template <typename P>
+__device__ __forceinline__ int64_t steps_before(const P& p, const Node& node, int group) {
   const auto of_group = [&](int g) { return group_tiles(p, node, g) * Steps(p, node, g, span_of(p, node, g)).all; };
   if (p.layout.uniform) return group * of_group(0);
   int64_t steps = 0;
   for (int g = 0; g < group; ++g) steps += of_group(g);
   return steps;
 }
-__device__ __forceinline__ int64_t node_steps(const Params& p, int64_t n) {
-  return steps_before(p, node_at(p, n), static_cast<int>(p.Hkv));
+
+// What threads count steps of: nodes, or with a selection, where every group has a list to be looked at, their groups.
+template <typename P>
+__device__ __forceinline__ int64_t num_items(const P& p) {
+  return P::sparse ? p.B * p.Hkv : num_nodes(p);
+}
+template <typename P>
+__device__ __forceinline__ int64_t item_steps(const P& p, int64_t i) {
+  if constexpr (P::sparse) {
+    const Node node = node_at(p, i / p.Hkv);
+    const int group = static_cast<int>(i % p.Hkv);
+    return group_tiles(p, node, group) * Steps(p, node, group, span_of(p, node, group)).all;
+  } else {
+    return steps_before(p, node_at(p, i), static_cast<int>(p.Hkv));
+  }
 }
 
 __device__ __forceinline__ int64_t warp_sum(int64_t x) {
@@ -209,29 +253,31 @@ __device__ __forceinline__ int64_t block_sum(int64_t x) {
   return x;
 }
 
-// Steps of the nodes before n and of all.
+// Steps of the items before n and of all.
 struct StepCount {
   int64_t before, all;
 };
-__device__ __forceinline__ StepCount count_steps(const Params& p, int64_t n) {
+template <typename P>
+__device__ __forceinline__ StepCount count_steps(const P& p, int64_t n) {
   int64_t before = 0, all = 0;
-  for (int64_t i = threadIdx.x; i < num_nodes(p); i += blockDim.x) {
-    const int64_t steps = node_steps(p, i);
+  for (int64_t i = threadIdx.x; i < num_items(p); i += blockDim.x) {
+    const int64_t steps = item_steps(p, i);
     all += steps;
     before += i < n ? steps : 0;
   }
   return {block_sum(before), block_sum(all)};
 }
 
-// The node that holds `step` of the list, and the number of steps before it.
+// The item that holds `step` of the list, and the number of steps before it.
 struct Place {
-  int64_t node, before;
+  int64_t item, before;
 };
-__device__ __forceinline__ Place find_step(const Params& p, int64_t step) {
+template <typename P>
+__device__ __forceinline__ Place find_step(const P& p, int64_t step) {
   KK_SHARED(Place, found, [1]);
   int64_t before = 0;
   for (int64_t first = 0;; first += blockDim.x) {
-    const int64_t node = first + threadIdx.x, n = node < num_nodes(p) ? node_steps(p, node) : 0;
+    const int64_t item = first + threadIdx.x, n = item < num_items(p) ? item_steps(p, item) : 0;
     const int64_t all = block_sum(n);
     if (step >= before + all) {
       before += all;
@@ -250,7 +296,7 @@ __device__ __forceinline__ Place find_step(const Params& p, int64_t step) {
       if (static_cast<int>(threadIdx.x % 32) >= h) up_to += x;
     }
     before += up_to - n;
-    if (before <= step && step < before + n) found[0] = {node, before};
+    if (before <= step && step < before + n) found[0] = {item, before};
     __syncthreads();
     return found[0];
   }
@@ -305,7 +351,8 @@ __device__ __forceinline__ Segment make_segment(const Params& p, int64_t n, cons
 }
 
 // Empty when there is none left.
-__device__ __forceinline__ Segment next_segment(const Params& p, Walk& walk) {
+template <typename P>
+__device__ __forceinline__ Segment next_segment(const P& p, Walk& walk) {
   const int groups = static_cast<int>(p.Hkv);
   while (walk.at < walk.end) {
     const int64_t at = walk.at;

@@ -13,6 +13,10 @@
 // Warps that share the units of a segment go their own ways. Where each has rows of its own (`Shared`,
 // Segment::own_rows) every warp still loads only its units, but all of them use what all have loaded: the stages come
 // from L2 once for the rows of a block, and a barrier in every step keeps the warps together.
+//
+// With a selection (`Sparse`) a token has two numbers: its place among the selected ones, by which work is cut, and its
+// position in the sequence, which says who sees it. A unit is tokens of one page as ever, or where Layout::gather 16
+// from anywhere: these are copied one by one to where a page of 16 tokens would have them.
 #pragma once
 #include "cuda/attention_schedule.cuh"
 #include "cuda/codes.cuh"
@@ -59,8 +63,14 @@ struct Tile {
   static constexpr int kGroup = D < 128 ? D : 128;  // channels that share a scale
   [[maybe_unused]] static constexpr int kGroups = D / kGroup;
   static constexpr bool kTwoTerms = D * NT < 512;  // rotated float16 queries as two fp16 numbers; more would spill
-  static constexpr int kHeader = 16;               // of a stage: position of its first token, pool (-1: nothing)
 };
+
+// Of a stage: place of its first token, pool (-1: nothing); with a selection two positions, from the first on and before
+// the other (or, where some of 16 are missing, any), positions of 16 tokens where these are gathered (-1: none), and
+// words with their scales in them, of K and of V.
+template <bool Sparse>
+constexpr int kHeader = Sparse ? 16 + 16 * 4 + 2 * 16 * 4 : 16;
+constexpr int kPositions = 16, kScaleWords = kPositions + 16 * 4;
 
 __device__ __forceinline__ int code_bits(Format f) {
   return f == Format::u8 ? 8 : f == Format::u4 ? 4 : f == Format::u3 ? 3 : 2;
@@ -72,20 +82,22 @@ __device__ __forceinline__ int depth(uint32_t bits) { return __popc(bits) - 1; }
 
 // The tokens of a stage, in tiles of 16.
 struct Tokens {
-  uint8_t *k, *v;  // sides
-  int count;       // laid out in the stage
-  int position;    // of the first in the sequence
-  int begin, end;  // tiles that hold visible tokens
-  bool edge;       // some row does not see some token of these tiles
+  uint8_t *k, *v;        // sides
+  int count;             // laid out in the stage
+  int place;             // of the first: its position, or number among the selected ones
+  int begin, end;        // tiles that hold visible tokens
+  bool edge;             // some row does not see some token of these tiles
+  int position;          // of the first, with a selection
+  const int* positions;  // of 16, where they are gathered
 };
 
 // What a warp does in a segment.
-template <int D, int NT, bool Packed, bool Shared>
+template <int D, int NT, bool Packed, bool Shared, bool Sparse>
 struct Warp {
   using T = Tile<D, NT>;
   static constexpr bool kKeepQueries = Shared && !Packed && D <= 128;  // in registers; more would spill
 
-  const Params& p;
+  const ParamsOf<Sparse>& p;
   const Segment& seg;
   const uint8_t* queries;
   const Row* rows;
@@ -105,13 +117,14 @@ struct Warp {
   int basis;       // of acc
   bool sums_used;
 
-  int end, len;   // of the segment, of the node
-  int unit, sub;  // what is loaded next
+  int end, len;   // of the segment, of the node's tokens or the selected ones
+  int unit, sub;  // what is loaded next: tile of the unit, or bits of the gathered tokens that were loaded
   int32_t entry,
-      next_entry;  // page-table entries: of this unit and of the warp's next
-  int issued;      // stages
+      next_entry;               // page-table entries: of this unit and of the warp's next
+  int position, next_position;  // with a selection, of token lane % 16
+  int issued;                   // stages
 
-  __device__ Warp(const Params& params, const Segment& segment, const uint8_t* own_queries, const Row* row,
+  __device__ Warp(const ParamsOf<Sparse>& params, const Segment& segment, const uint8_t* own_queries, const Row* row,
                   uint8_t* own, float4* own_scores, float* own_sums, State* own_state, uint32_t fp16_bias)
       : p(params),
         seg(segment),
@@ -147,23 +160,29 @@ struct Warp {
     len = seg.span.end;
     unit = seg.begin + threadIdx.x / 32;
     sub = issued = 0;
-    entry = table_entry(unit);
-    next_entry = table_entry(unit + p.layout.warps);
+    find_unit(unit, entry, position);
+    find_unit(unit + p.layout.warps, next_entry, next_position);
   }
 
   __device__ void run() {
     const int n_stages = p.layout.stages, warp = threadIdx.x / 32;
     const bool own_rows = Shared && seg.own_rows, idle = own_rows && warp * T::kRows >= seg.rows;
     // Tokens that all rows see; with a tree, depths are at most 31.
-    const int last_position = p.tree_mask ? len - static_cast<int>(p.Tq) + 31 : len - 1;
+    const int tokens = Sparse ? seg.node.end : len;
+    const int last_position = p.tree_mask ? tokens - static_cast<int>(p.Tq) + 31 : tokens - 1;
     const int seen_by_all_from = seg.span.window < 0 ? 0 : max(last_position - seg.span.window, 0);
-    const int seen_by_all_to = seg.node.sequences > 1 ? len : min(rows[0].before + !p.tree_mask, len);
+    const int seen_by_all_to = seg.node.sequences > 1 ? tokens : min(rows[0].before + !p.tree_mask, tokens);
     int filled = 0, used = 0;
     for (int step = 1 - n_stages; own_rows || step < issued; ++step) {  // the first steps only load
       uint8_t* stage = stages + used * p.layout.stage_bytes;
       if (step >= 0) {
         wait_oldest();
-        if (Packed) clear_unseen(stage);
+        if (Packed) {
+          if (Sparse && p.layout.gather)
+            place_scales(stage);
+          else
+            clear_unseen(stage);
+        }
         // everybody's copies have landed, and everybody has left the stage that is filled now
         if (own_rows)
           __syncthreads();
@@ -199,14 +218,21 @@ struct Warp {
     const int2 header = *reinterpret_cast<const int2*>(stage);
     const Format k_format = p.pools[header.y].k_format, v_format = p.pools[header.y].v_format;
     Tokens t;
-    t.k = stage + T::kHeader;
+    t.k = stage + kHeader<Sparse>;
     t.v = stage + p.layout.pools[header.y].v_offset;
     t.count = Packed ? p.layout.pools[header.y].tokens : 16;
-    t.position = header.x;
-    t.begin = t.position < seg.span.sink ? 0 : max(seg.span.first_token - t.position, 0) / 16;
-    t.end = min(t.count, len - t.position + 15) / 16;
-    const int from = t.position + 16 * t.begin, to = t.position + 16 * t.end;
-    t.edge = (from < seen_by_all_from && to > seg.span.sink) || to > seen_by_all_to;
+    t.place = header.x;
+    t.begin = t.place < seg.span.sink ? 0 : max(seg.span.first_token - t.place, 0) / 16;
+    t.end = min(t.count, len - t.place + 15) / 16;
+    int from = t.place + 16 * t.begin, to = t.place + 16 * t.end;
+    const bool behind_sink = to > seg.span.sink;
+    if constexpr (Sparse) {
+      const int2 positions = reinterpret_cast<const int2*>(stage)[1];
+      from = t.position = positions.x;
+      to = positions.y;
+      t.positions = reinterpret_cast<const int*>(stage + kPositions);
+    }
+    t.edge = (from < seen_by_all_from && behind_sink) || to > seen_by_all_to;
     if (t.begin >= t.end) return;  // 16 rows of a unit, before the window
     float top[NT][2];
     scores(k_format, t, top);
@@ -229,13 +255,28 @@ struct Warp {
     return token < len && (token >= seg.span.first_token || token < seg.span.sink);
   }
 
-  __device__ int32_t table_entry(int u) const {
-    if (u >= end) return 0;
+  // Page-table entry and position of unit u.
+  __device__ void find_unit(int u, int32_t& entry_of, int& position_of) const {
+    entry_of = position_of = 0;
+    if (u >= end) return;
     // Of token lane % 16 where a page has no whole units (16 consecutive tokens then); entries of tokens that are not
     // visible are not looked at, but that of one of the unit which is.
-    int token = min(first_token_of(u) + lane % 16, len - 1);
+    const int first = first_token_of(u) + lane % 16;
+    int token = min(first, len - 1);
     if (!visible(token)) token = u < seg.span.sink_units ? seg.span.sink - 1 : seg.span.first_token;
-    return p.page_table[seg.table * p.table_stride + page_of(token)];
+    const int32_t* table = p.page_table + seg.table * p.table_stride;
+    if constexpr (Sparse) {
+      const Selection& s = p.selection;
+      const int of_run = static_cast<int>(s.tokens), run = of_run == 1 ? token : page_of(token);
+      const int last = of_run == 1 ? seg.node.end - 1 : page_of(seg.node.end - 1);
+      // a wrong index is not to name an entry beyond the table
+      const int index = min(max(s.index[seg.table * s.index_batch + seg.group * s.index_head + run], 0), last);
+      position_of = index * of_run + (p.layout.gather ? token : first) - run * of_run;
+      entry_of = s.entries ? s.entries[seg.table * s.entries_batch + seg.group * s.entries_head + run]
+                           : table[of_run == 1 ? page_of(index) : index];
+    } else {
+      entry_of = table[page_of(token)];
+    }
   }
 
   // `side`: of the page and head. Its tokens token ... token + n - 1.
@@ -263,6 +304,51 @@ struct Warp {
     next_array(arrays.array[2], small);
   }
 
+  // The gathered tokens of one side, token lane % 16 of `side` at in_page, into the arrays of a page of 16 tokens; zeros
+  // where there is none. `of_page`: the side of the page that arrays without tokens come from.
+  __device__ void copy_tokens(uint8_t* to, uint8_t* scale_words, const uint8_t* side, const uint8_t* of_page,
+                              const SideArrays& arrays, int in_page, bool exists) const {
+    const int token = lane % 16, half = lane / 16;
+    uint32_t dst = ptx::smem_u32(to);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const SideArray& array = arrays.array[i];
+      const uint8_t* from = side + array.offset + in_page * array.stride;
+      const uint32_t own = dst + token * array.stride;
+      if (array.stride >= 16) {
+#pragma unroll 1
+        for (int j = half * 16; j < array.stride; j += 32) ptx::cp_async<16>(own + j, exists ? from + j : p.q, exists);
+      } else if (half == 0 && array.stride > 0) {
+        if (array.stride == 8)
+          ptx::cp_async<8>(own, exists ? from : p.q, exists);
+        else if (array.stride == 4)
+          ptx::cp_async<4>(own, exists ? from : p.q, exists);
+        else  // one of the two scales of a word
+          ptx::cp_async<4>(ptx::smem_u32(scale_words) + 4 * token, exists ? from - in_page % 2 * 2 : p.q, exists);
+      }
+#pragma unroll 1
+      for (int j = lane * 16; j < array.fixed; j += 512) ptx::cp_async<16>(dst + j, of_page + array.offset + j);
+      dst += 16 * array.stride + array.fixed;
+    }
+  }
+
+  // Scales of 2 bytes come in words of 4: cp.async copies no less.
+  __device__ void place_scales(uint8_t* stage) const {
+    if constexpr (Packed && Sparse && T::kGroups == 1) {
+      const int pool = reinterpret_cast<const int2*>(stage)->y, token = lane % 16;
+      if (Shared && pool < 0) return;
+      __syncwarp();  // everybody's copies have landed
+      const bool values = lane >= 16;
+      const Format format = values ? p.pools[pool].v_format : p.pools[pool].k_format;
+      if (is_rows(format) || format == Format::kivi2) return;
+      uint8_t* side = stage + (values ? p.layout.pools[pool].v_offset : kHeader<Sparse>);
+      const uint32_t word = reinterpret_cast<const uint32_t*>(stage + kScaleWords)[lane];
+      const int odd = reinterpret_cast<const int*>(stage + kPositions)[token] & 1;
+      reinterpret_cast<uint16_t*>(side + 16 * (D * code_bits(format) / 8))[token] =
+          static_cast<uint16_t>(word >> 16 * odd);
+    }
+  }
+
   // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, as 0 * NaN is NaN.
   template <int Channels>
   __device__ void copy_rows(uint8_t* to, const uint8_t* row) const {
@@ -278,36 +364,71 @@ struct Warp {
     }
   }
 
-  // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit. One commit group per call.
+  // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit; of gathered ones those that lie in one
+  // pool, or in one page if its keys have scales in common. One commit group per call.
   __device__ void issue(int stage) {
     uint8_t* to = stages + stage * p.layout.stage_bytes;
     if (unit < end) {
-      const Pool& pool = p.pools[entry >> 28];
+      const bool gather = Sparse && p.layout.gather;
+      const int first = first_token_of(unit) + (gather ? 0 : sub * 16), token = first + lane % 16;
+      bool exists = visible(token);
+      int32_t source = entry;
+      uint32_t left = 0, taken = 0;
+      if (gather) {
+        exists &= !(sub >> lane % 16 & 1);
+        left = __ballot_sync(kWholeWarp, exists) & 0xffffu;
+        source = __shfl_sync(kWholeWarp, entry, __ffs(left) - 1);
+        const int differ = entry ^ source;
+        exists &= (Packed && p.pools[source >> 28].k_format == Format::kivi2 ? differ : differ >> 28) == 0;
+        taken = __ballot_sync(kWholeWarp, exists) & 0xffffu;
+      }
+      const Pool& pool = p.pools[source >> 28];
       const int64_t page = entry & kPageMask;
       const uint8_t* k = pool.k + page * pool.k_page + seg.k_head * pool.k_head;
       const uint8_t* v = pool.v + page * pool.v_page + seg.v_head * pool.v_head;
       const bool k_rows = !Packed || is_rows(pool.k_format), v_rows = !Packed || is_rows(pool.v_format);
-      const int first = first_token_of(unit) + sub * 16, token = first + lane % 16;
-      const int in_page = token - page_of(token) * static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
-      const bool exists = visible(token);
-      const PoolLayout& arrays = p.layout.pools[entry >> 28];
-      uint8_t *const k_to = to + T::kHeader, *const v_to = to + arrays.v_offset;
+      const int at = !Sparse ? token : gather ? position : position + sub * 16;
+      const int in_page = at - page_of(at) * static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
+      const PoolLayout& arrays = p.layout.pools[source >> 28];
+      uint8_t *const k_to = to + kHeader<Sparse>, *const v_to = to + arrays.v_offset;
       const int n = arrays.tokens;
-      if (lane == 0) *reinterpret_cast<int2*>(to) = make_int2(first, entry >> 28);
+      if constexpr (Sparse) {
+        const int last = __shfl_sync(kWholeWarp, at, 15);
+        if (lane == 0) {
+          const bool all = !gather || taken == 0xffffu;
+          *reinterpret_cast<int4*>(to) = make_int4(first, source >> 28, all ? at : 0,
+                                                   !all     ? INT32_MAX
+                                                   : gather ? last + 1
+                                                            : at + n);
+        }
+        if (gather && lane < 16) reinterpret_cast<int*>(to + kPositions)[lane] = exists ? at : -1;
+      } else {
+        if (lane == 0) *reinterpret_cast<int2*>(to) = make_int2(first, source >> 28);
+      }
       if (k_rows)
         copy_rows<D>(k_to, exists ? k + in_page * pool.k_token : nullptr);
+      else if (gather)
+        copy_tokens(k_to, to + kScaleWords, k, pool.k + (source & kPageMask) * pool.k_page + seg.k_head * pool.k_head,
+                    arrays.k, in_page, exists);
       else
         copy_arrays(k_to, k, arrays.k, first_in_page, n);
-      if (!v_rows)
+      if (v_rows) {
+        if (v_to != k_to) copy_rows<T::kDv>(v_to, exists ? v + in_page * pool.v_token : nullptr);
+      } else if (gather) {
+        copy_tokens(v_to, to + kScaleWords + 16 * 4, v, nullptr, arrays.v, in_page, exists);
+      } else {
         copy_arrays(v_to, v, arrays.v, first_in_page, n);
-      else if (v_to != k_to)
-        copy_rows<T::kDv>(v_to, exists ? v + in_page * pool.v_token : nullptr);
-      sub += n / 16;
-      if (sub * 16 >= p.layout.unit || first + n >= len) {
+      }
+      if (gather)
+        sub |= taken;
+      else
+        sub += n / 16;
+      if (gather ? left == taken : sub * 16 >= p.layout.unit || first + n >= len) {
         sub = 0;
         unit += p.layout.warps;
         entry = next_entry;
-        next_entry = table_entry(unit + p.layout.warps);
+        position = next_position;
+        find_unit(unit + p.layout.warps, next_entry, next_position);
       }
       ++issued;
     } else if (Shared && lane == 0) {
@@ -383,14 +504,17 @@ struct Warp {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const Row& row = rows[8 * nt + 2 * c + j % 2];
-          const int token = t.position + 16 * i + token_of(g) + j / 2 * 8, of_queries = token - row.before;
-          bool seen = token < len && (of_queries < 0 || (row.bits >> of_queries & 1));
+          const int in_stage = 16 * i + token_of(g) + j / 2 * 8, place = t.place + in_stage;
+          const int token = !Sparse ? place : p.layout.gather ? t.positions[in_stage] : t.position + in_stage;
+          const int of_queries = token - row.before;
+          bool seen = place < len && (of_queries < 0 || (row.bits >> of_queries & 1));
+          if (Sparse) seen &= token >= 0;
           int distance = row.position - token;
           if (p.tree_mask && seen && of_queries >= 0)
             distance = row.position - row.before - depth(p.tree_mask[row.b * p.tree_stride + of_queries]);
           if (p.softcap > 0.0f) s[j] = p.softcap * tanhf(s[j] / p.softcap) * kLog2e;
           if (p.alibi_slopes) s[j] -= row.slope * static_cast<float>(distance);
-          if (seg.span.window >= 0) seen &= distance <= seg.span.window || token < seg.span.sink;
+          if (seg.span.window >= 0) seen &= distance <= seg.span.window || place < seg.span.sink;
           if (!seen) s[j] = -INFINITY;
           top[nt][j % 2] = fmaxf(top[nt][j % 2], s[j]);
         }
