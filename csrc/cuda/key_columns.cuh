@@ -48,8 +48,9 @@ struct Keys {
   // Words of a group begin at w[8 * group]; u3 has the high bits in w[8 * group + 4].
   template <typename Fmt>
   __device__ __forceinline__ void load_codes(int head_dim, int64_t page_size, const KeyPlace& first) {
-    constexpr int kHalf = Fmt::low_bits / 2;  // words of half a lane's codes, when there are 32
-    using Piece = std::conditional_t<kHalf == 4, uint4, std::conditional_t<kHalf == 2, uint2, uint32_t>>;
+    constexpr int kBits = Fmt::low_bits;  // and words of 32 codes
+    using Half = std::conditional_t<kBits == 8, uint4, std::conditional_t<kBits == 4, uint2, uint32_t>>;
+    using Whole = std::conditional_t<kBits == 2, uint2, uint4>;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, codes = 4 * rotated_run(head_dim);
     const int64_t token = first.token + g;
 #pragma unroll
@@ -57,8 +58,12 @@ struct Keys {
       if (group == key_groups(head_dim)) break;
       const int64_t c = group * kScaleGroup + t * codes;
       const uint8_t* low = first.page + (token * head_dim + c) * Fmt::low_bits / 8;
-      load_piece<Piece>(8 * group, low);
-      if (codes == 32) load_piece<Piece>(8 * group + kHalf, low + sizeof(Piece));
+      if (codes == 32) {
+        load_piece<Whole>(8 * group, low);
+        if constexpr (kBits == 8) load_piece<Whole>(8 * group + 4, low + sizeof(Whole));
+      } else {
+        load_piece<Half>(8 * group, low);
+      }
       if constexpr (Fmt::bits == 3) {
         const uint8_t* high = first.page + Fmt::plane1_offset(page_size, head_dim) + (token * head_dim + c) / 8;
         w[8 * group + 4] = codes == 32 ? __ldg(reinterpret_cast<const uint32_t*>(high))

@@ -45,6 +45,7 @@ __device__ __forceinline__ void build_queries(const Args& a, const QueryTile& qu
 template <int Bits>
 __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_constant__ const Args a) {
   KK_DYN_SMEM(uint4, smem);
+  KK_SHARED(float, columns, [kScoreWarps][8][kWarpItems]);
   const int h = static_cast<int>(blockIdx.x % a.heads), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
   const uint32_t count = a.which.count(b), first = blockIdx.x / a.heads % a.chunks * kBlockItems;
@@ -53,8 +54,9 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
 
   const int units = a.parts * a.units_per_part;
   const QueryTile queries{smem, a.digits, units * kRun<Bits>, kRun<Bits>};
-  const uint32_t own = first + threadIdx.x / 32 * kWarpItems;  // items of the warp
-  const uint8_t* record = nullptr;                             // of item own + lane
+  const int warp = threadIdx.x / 32;
+  const uint32_t own = first + warp * kWarpItems;  // items of the warp
+  const uint8_t* record = nullptr;                 // of item own + lane
   if (own + lane < count && a.which.has(b, own + lane)) {
     const int32_t entry = a.offsets ? 0 : a.page_table[b * a.table_stride + own + lane];
     const int64_t page = a.offsets ? b * a.which.n + own + lane : entry & kPageMask;
@@ -127,11 +129,12 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = sums.value(i);
       }
-      const unsigned columns = there >> (step * kColumns);
+      const unsigned has = there >> (step * kColumns);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = columns >> (2 * t + i % 2) & 1u ? x[i] * a.scale : -INFINITY;
-      a.sink.put(head, a.rows.rows, tile * kTileRows, own + step * kColumns, count, x);
+      for (int i = 0; i < 4; ++i) x[i] = has >> (2 * t + i % 2) & 1u ? x[i] * a.scale : -INFINITY;
+      a.sink.put(head, a.rows.rows, tile * kTileRows, own + step * kColumns, count, x, columns[warp], step);
     }
+    a.sink.put_columns(head, tile * kTileRows, own, count, columns[warp]);
   }
 }
 

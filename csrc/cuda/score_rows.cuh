@@ -163,27 +163,39 @@ struct ScoreSink {
       if (first + i >= count && first + i < items) out[head * items + first + i] = -INFINITY;
   }
 
-  // x[i] as Sums::value(i), of rows `tile` ... and items first ... first + 7, if below count; by a warp.
+  // x[i] as Sums::value(i), of rows `tile` ... and 8 items from `first` on, of which those below count are there; by a warp.
+  // What is not kept waits in `columns` for put_columns().
   __device__ __forceinline__ void put(int64_t head, int rows, int tile, uint32_t first, uint32_t count,
-                                      const float (&x)[4]) const {
-    const int row = tile + threadIdx.x % 32 / 4;
-    const uint32_t item = first + threadIdx.x % 4 * 2;
-    if (kept) {
-      float* to = kept + (head * rows + row) * items + item;
+                                      const float (&x)[4], float (&columns)[8][kWarpItems], int step) const {
+    const int g = threadIdx.x % 32 / 4, row = tile + g, column = threadIdx.x % 4 * 2;
+    if (!kept) {
+      const float none = keeps_max(reduce) ? -INFINITY : 0.0f;
+      float y[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (row + i / 2 * 8 < rows && item + i % 2 < count) to[int64_t{i / 2 * 8} * items + i % 2] = x[i];
+      for (int i = 0; i < 2; ++i) y[i] = combine(row < rows ? x[i] : none, row + 8 < rows ? x[2 + i] : none);
+      *reinterpret_cast<float2*>(&columns[g][step * kColumns + column]) = make_float2(y[0], y[1]);
       return;
     }
-    const float none = keeps_max(reduce) ? -INFINITY : 0.0f;
-    float* to = out + head * items + item;
+    float* to = kept + (head * rows + row) * items + first + column;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float y = combine(row < rows ? x[i] : none, row + 8 < rows ? x[2 + i] : none);
+    for (int i = 0; i < 4; ++i)
+      if (row + i / 2 * 8 < rows && first + column + i % 2 < count) to[int64_t{i / 2 * 8} * items + i % 2] = x[i];
+  }
+
+  // After the steps of a warp.
+  __device__ __forceinline__ void put_columns(int64_t head, int tile, uint32_t own, uint32_t count,
+                                              const float (&columns)[8][kWarpItems]) const {
+    if (kept) return;
+    const uint32_t lane = threadIdx.x % 32;
+    __syncwarp();
+    if (own + lane < count) {
+      float y = columns[0][lane];
 #pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2) y = combine(y, __shfl_xor_sync(kWholeWarp, y, lanes));
-      if (row == tile && item + i < count) to[i] = tile == 0 ? y : combine(to[i], y);
+      for (int g = 1; g < 8; ++g) y = combine(y, columns[g][lane]);
+      float* to = out + head * items + own + lane;
+      *to = tile == 0 ? y : combine(*to, y);
     }
+    __syncwarp();
   }
 };
 

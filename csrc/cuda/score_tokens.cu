@@ -58,6 +58,7 @@ __device__ __forceinline__ void build_queries(const Args& a, const QueryTile& pl
 
 __global__ __launch_bounds__(kScoreThreads, 4) void score_keys_kernel(__grid_constant__ const Args a) {
   KK_DYN_SMEM(uint4, smem);
+  KK_SHARED(float, columns, [kScoreWarps][8][kWarpItems]);
   KK_SHARED(float, bias, [kTileRows]);
   const int h = static_cast<int>(blockIdx.x % a.heads), lane = threadIdx.x % 32, g = lane / 4;
   const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
@@ -69,9 +70,10 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_keys_kernel(__grid_con
   const QueryTile plain{smem, a.plain_digits, plain_steps(D), kPlainRun};
   const QueryTile rotated{smem + QueryTile::bytes(plain.digits, plain.steps) / 16, a.rotated_digits, rotated_steps(D),
                           rotated_run(D)};
-  const uint32_t own = begin + threadIdx.x / 32 * kWarpItems;  // tokens of the warp
-  unsigned long long page = 0;                                 // that of token own + lane
-  uint32_t where = 0;                                          // pool << 28 | token in the page
+  const int warp = threadIdx.x / 32;
+  const uint32_t own = begin + warp * kWarpItems;  // tokens of the warp
+  unsigned long long page = 0;                     // that of token own + lane
+  uint32_t where = 0;                              // pool << 28 | token in the page
   if (own + lane < count) {
     const Slot at = locate(own + lane, a.page_size);
     const int32_t entry = a.page_table[b * a.table_stride + at.page];
@@ -143,8 +145,9 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_keys_kernel(__grid_con
       for (int i = 0; i < 4; ++i) x[i] *= a.scale;
       const bool last = step + 1 == steps;
       if (!last || tile + 1 < tiles) load(last ? 0 : step + 1);
-      a.sink.put(head, a.rows.rows, tile * kTileRows, own + step * kColumns, count, x);
+      a.sink.put(head, a.rows.rows, tile * kTileRows, own + step * kColumns, count, x, columns[warp], step);
     }
+    a.sink.put_columns(head, tile * kTileRows, own, count, columns[warp]);
   }
 }
 
