@@ -491,6 +491,7 @@ SUMMARISE: list[tuple[Args, str]] = [
     ({"kv": pools(bf16=BF16[:, :1])}, "pool 1 must be [num_pages, Hkv, page_bytes], got [4, 1, 16384]; Hkv = 2 from pool 0.size(1)"),
     ({"kv": cache(page_size=64)}, "a pool of u2 pages must be uint8"),
     ({"kv": cache(transform=(MU.double(), T))}, "centre must be float32, got float64"),
+    ({"kv": pools(k=K.clone().requires_grad_())}, "pool tensor 2 requires grad"),
     ({"kind": "median"}, "kind must be one of minmax, mean, channels; got 'median'"),
     ({"bits": 12}, "bits must be 16 or 8 of summaries of kind minmax, got 12"),
     ({"bits": 4}, "bits must be 16 or 8 of summaries of kind minmax, got 4"),
@@ -527,6 +528,7 @@ def scoring(**change: Any) -> Args:
 
 
 LABELS = OPS["page_summaries"].reference(**summarise(kind="channels", channels=CHANNELS))
+SEGMENTED = OPS["page_summaries"].reference(**summarise(segments=SEGMENTS))
 SCORE: list[tuple[Args, str]] = [
     *TABLE_AND_LENS,
     ({"q": Q.double()}, "q must be float32 or bfloat16 or float16, got float64"),
@@ -559,6 +561,7 @@ SCORE_TOKENS: list[tuple[Args, str]] = [
     ({"source": SUMMARIES}, "source must be a PagedKV, PageSummaries of kind channels or of segments; got kind minmax"),
     ({"source": LABELS._replace(channels=CHANNELS + 1)}, "channels[1, 2] = 128, but head_dim is 128"),
     ({"source": LABELS._replace(bits=4)}, "records[0]: records of 192 bytes, but channels at 4 bits with head_dim 128 needs 112"),
+    ({"source": SEGMENTED, "out": torch.zeros(4, 2, 3)}, "out must be float32 [4, 2, 96], [B, Hkv, max_pages * page_size]; got torch.float32 [4, 2, 3]"),
     ({"out": torch.zeros(4, 2, 3)}, "out must be [B, Hkv, n], got [4, 2, 3]; n = 96 from the width of page_table, in tokens"),
 ]  # fmt: skip
 
@@ -573,6 +576,7 @@ SELECT: list[tuple[Args, str]] = [
     ({"scores": SCORES[0]}, "scores must be [B, Hkv, n], got [2, 3]"),
     ({"scores": gaps(SCORES)}, "scores must be contiguous in its last dim"),
     ({"scores": meta(SCORES)}, "but scores is on meta"),
+    ({"scores": SCORES.clone().requires_grad_()}, "scores requires grad"),
     ({"scores": SCORES[..., :2]}, "scores is too narrow: seq_lens[3] = 96 has 3 pages, but scores.size(2) = 2"),
     ({"seq_lens": LENS.long()}, "seq_lens must be int32, got int64"),
     ({"seq_lens": LENS[:3]}, "seq_lens must be [B], got [3]; B = 4 from scores.size(0)"),
@@ -596,6 +600,7 @@ def select_tokens(**change: Any) -> Args:
 
 
 SELECT_TOKENS: list[tuple[Args, str]] = [
+    ({"scores": SCORES.clone().requires_grad_()}, "scores requires grad"),
     ({"scores": SCORES[..., :2]}, "scores is too narrow: seq_lens[2] = 3 has 3 tokens, but scores.size(2) = 2"),
     ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
     ({"k": 68}, "k must be at least sink_tokens + recent_tokens = 5 + 64, got 68"),

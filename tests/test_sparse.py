@@ -146,6 +146,25 @@ def test_a_nan_key_shows_in_its_token_and_page() -> None:
     assert torch.equal(soft.isnan(), where.any(2, keepdim=True) & alive)
 
 
+def test_results_go_where_they_are_told() -> None:
+    kv, table, lens, q = cache([150, 70])
+    summaries = kk.page_summaries(kv, table, lens)
+    width = table.shape[1]
+    scores, tokens = torch.empty(2, HEADS, width), torch.empty(2, HEADS, width * PAGE)
+    assert kk.score_pages(q, summaries, table, lens, out=scores) is scores
+    assert torch.equal(scores, kk.score_pages(q, summaries, table, lens))
+    assert kk.score_tokens(q, kv, table, lens, out=tokens) is tokens
+    assert torch.equal(tokens, kk.score_tokens(q, kv, table, lens))
+    pages, few = (torch.empty(2, HEADS, k, dtype=torch.int32) for k in (4, 70))
+    assert kk.select_pages(scores, lens, 4, page_size=PAGE, out=pages) is pages
+    assert torch.equal(pages, kk.select_pages(scores, lens, 4, page_size=PAGE))
+    assert kk.select_tokens(tokens, lens, 70, out=few) is few
+    assert torch.equal(few, kk.select_tokens(tokens, lens, 70))
+    out = torch.full_like(q, math.nan)
+    assert kk.sparse_attention(q, kv, table, lens, pages=pages, out=out) is out
+    assert torch.equal(out, kk.sparse_attention(q, kv, table, lens, pages=pages))
+
+
 # ---- summaries in place
 
 

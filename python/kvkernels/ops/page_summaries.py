@@ -68,6 +68,8 @@ def page_summaries(
     if kind not in KINDS:
         raise ValueError(f"page_summaries: kind must be one of {', '.join(KINDS)}; got {kind!r}")
     pools, codes = _args.all_pools("page_summaries", kv)
+    if torch.is_grad_enabled():
+        _args.refuse_grad("page_summaries", **{f"pool tensor {i}": pool for i, pool in enumerate(pools)})
     head_dim, page_size = _args.head_dim(kv), kv.page_size
     if out is None:
         size = record_bytes(kind, bits, page_size, head_dim, 0 if channels is None else channels.shape[-1])

@@ -55,7 +55,14 @@ def score_tokens(
     if isinstance(source, PageSummaries) and source.segments is not None:
         scores = score_pages.score_pages(q, source, page_table, seq_lens, reduce=reduce, scale=scale)
         spread = spread_over_tokens(scores, source.segments, page_table.shape[1] * source.page_size)
-        return spread if out is None else out.copy_(spread)
+        if out is None:
+            return spread
+        if out.shape != spread.shape or out.dtype != spread.dtype:
+            raise ValueError(
+                f"score_tokens: out must be float32 {list(spread.shape)}, [B, Hkv, max_pages * page_size]; "
+                f"got {out.dtype} {list(out.shape)}"
+            )
+        return out.copy_(spread)
     if not isinstance(source, (PageSummaries, PagedKV)):
         _args.no_tensor("score_tokens", "source", source, "PageSummaries or a PagedKV")
     return run("score_tokens", q, source, page_table, seq_lens, reduce, scale, out)

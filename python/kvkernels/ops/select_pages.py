@@ -39,11 +39,13 @@ def select_pages(
     Returns int32 [B, Hkv, k], ascending, -1 behind the last: what sparse_attention reads, and what later layers and
     steps may read again. Of equal scores the lower page is chosen; NaN is above everything, -0 equals 0: the same on
     every device. ValueError: dtypes, shapes or devices that do not fit, numbers out of range, seq_lens that are
-    negative or have more pages than scores (seen on CPU).
+    negative or have more pages than scores (seen on CPU), scores that require grad.
 
     Source: Tang et al. 2024, arXiv:2406.10774 (Quest); sinks and recent tokens, Xiao et al. 2023, arXiv:2309.17453
     (StreamingLLM).
     """
+    if torch.is_grad_enabled():
+        _args.refuse_grad("select_pages", scores=scores)
     if out is None:
         out = torch.empty((*scores.shape[:2], max(k, 0)), dtype=torch.int32, device=scores.device)
     try:

@@ -116,9 +116,11 @@ def sparse_attention(
     left, right = window
     if right > 0:
         raise ValueError(f"sparse_attention: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
-    if torch.is_grad_enabled():
-        _args.refuse_grad("sparse_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out,
-                          **_args.parts(extra, None))  # fmt: skip
+    if torch.is_grad_enabled() and (
+        q.requires_grad or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
+    ):
+        named = _args.parts(extra, None)
+        _args.refuse_grad("sparse_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out, **named)
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
