@@ -131,6 +131,7 @@ struct Task {
   } state[kMaxPools];
   Ahead ahead;
   bool rot_ready = false;
+  int score_share = kAheadScores;  // sixteenths of the lines ahead that are asked for while scores are made
 
   // What `heads` tasks need that take turns.
   static int64_t scratch_bytes(const AttentionParams& p, int64_t rows, int64_t heads) {
@@ -248,12 +249,12 @@ struct Task {
         row_pointers(c, c.pool->k_token, true, row);
 #if defined(__AVX512F__)
         if (same<Fmt, bf16> && q_bf16)
-          return bf16_scores<D>(LoadBf16{row}, c.n, q_bf16, p.scale, rows, s, ahead, kAheadScores);
+          return bf16_scores<D>(LoadBf16{row}, c.n, q_bf16, p.scale, rows, s, ahead, score_share);
 #endif
         if constexpr (same<Fmt, bf16>)
-          row_scores<D>(LoadBf16{row}, c.n, q, D, rows, s, ahead, kAheadScores);
+          row_scores<D>(LoadBf16{row}, c.n, q, D, rows, s, ahead, score_share);
         else
-          row_scores<D>(LoadF16{row}, c.n, q, D, rows, s, ahead, kAheadScores);
+          row_scores<D>(LoadF16{row}, c.n, q, D, rows, s, ahead, score_share);
       } else if constexpr (kPackedDim) {
         gathered ? gathered_side<Fmt, Side::K>(c) : packed_scores<Fmt>(c);
       }
@@ -272,7 +273,7 @@ struct Task {
       kivi2_scores(c);
     } else {
       decode_chunk<Fmt>(Side::K, c);
-      row_scores<D>(LoadF32{decoded, D}, c.n, q_rot, D, rows, s, ahead, kAheadScores);
+      row_scores<D>(LoadF32{decoded, D}, c.n, q_rot, D, rows, s, ahead, score_share);
       add_q_mu(c.n);
     }
   }
@@ -373,7 +374,7 @@ struct Task {
         }
         q_zero[r] = dot.fold_sum();
       }
-      row_scores<D>(codes, pc.n, q_page, D, rows, part, ahead, kAheadScores * pc.n / c.n);
+      row_scores<D>(codes, pc.n, q_page, D, rows, part, ahead, score_share * pc.n / c.n);
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < pc.n; ++j) s[r * kChunk + pc.col + j] = part[r * kChunk + j] + q_zero[r];
     }
@@ -402,7 +403,7 @@ struct Task {
     const uint8_t* row[kRowChunk];
     row_pointers(c, D, true, row);
     for (int64_t g = 0; g < kGroups; ++g) {
-      row_scores<kGroup>(LoadU8{row}, c.n, q_rot + g * kGroup, D, rows, part, ahead, kAheadScores / kGroups);
+      row_scores<kGroup>(LoadU8{row}, c.n, q_rot + g * kGroup, D, rows, part, ahead, score_share / kGroups);
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < c.n; j += F::W) {
           float* o = s + r * kChunk + j;
@@ -485,7 +486,7 @@ struct Task {
     low[vectors] = low[vectors - 1], high[vectors] = high[vectors - 1];  // an odd last one is paired with itself
     constexpr int kRows = DIGITS == 2 ? 4 : 2;                           // at most 8 digit rows: they share every code
     const int blocks = rows / kRows + rows % kRows;
-    const int lines = ahead.share(kAheadScores, kGroups * blocks * ((vectors + T - 1) / T));
+    const int lines = ahead.share(score_share, kGroups * blocks * ((vectors + T - 1) / T));
     for (int64_t g = 0; g < kGroups; ++g) {
       const auto block = [&](auto n, int r) {
         constexpr int R = n.value, M = R * DIGITS;
