@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerSm<D, NT, Shared>)
   Walk start{blockIdx.x, blockIdx.x, p.B * p.layout.tiles * p.layout.splits, 0, 0, 0};
   if (p.layout.splits == 0) {
     const Shares shares(p, count_steps(p, 0).all);
-    if (blockIdx.x >= shares.n) return;
+    if (blockIdx.x >= static_cast<unsigned>(shares.n)) return;
     start.at = start.begin = shares.begin(blockIdx.x);
     start.end = shares.begin(blockIdx.x + 1);
     const Place place = find_step(p, start.at);
@@ -189,7 +189,8 @@ struct Chain {
 };
 
 // Merges the parts of what was cut and of sequences with several nodes, and writes the rows of empty sequences. Block
-// (b, y): rows y, y + gridDim.y, ... in groups that fill the block.
+// (b, y): rows y, y + gridDim.y, ... in groups that fill the block. L lanes hold a row, `ways` such groups of lanes take
+// every ways-th of its parts.
 template <int L, int O, bool Sparse>
 __global__ void __launch_bounds__(32 * kMaxWarps, 4) merge_kernel(const __grid_constant__ ParamsOf<Sparse> p) {
   const int b = blockIdx.x;
@@ -213,11 +214,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 4) merge_kernel(const __grid_c
   }
   __syncthreads();
   const Shares shares(p, all);
-  const int lane = threadIdx.x % L, per_block = blockDim.x / L;
+  constexpr int kLaneGroups = 32 * kMaxWarps / L, kFloats = L * O * kPerLane;
+  KK_SHARED(float, sums, [kLaneGroups][kFloats]);
+  KK_SHARED(State, states, [kLaneGroups]);
+  const int lane = threadIdx.x % L, ways = p.layout.merge_ways, per_block = kLaneGroups / ways;
+  const int lane_group = threadIdx.x / L, way = lane_group % ways, in_block = lane_group / ways;
   const int Hq = static_cast<int>(p.Hq), rows = static_cast<int>(p.Tq) * Hq;
   for (int first_row = blockIdx.y * per_block; first_row < rows; first_row += gridDim.y * per_block) {
-    const bool exists = first_row + static_cast<int>(threadIdx.x / L) < rows;
-    const int row = exists ? first_row + threadIdx.x / L : 0, t = row / Hq;
+    const bool exists = first_row + in_block < rows;
+    const int row = exists ? first_row + in_block : 0, t = row / Hq;
     int group = 0,
         in_group = row % Hq;  // query heads in the order of their groups
     if (!p.heads.mapped) {
@@ -231,9 +236,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 4) merge_kernel(const __grid_c
 
     float m = kLowest, l = 0.0f, sum[O][8] = {};
     bool written = false;  // where it was computed
-    const auto add = [&](int64_t partial_row) {
-      const float* part = p.layout.partials + partial_row * partial_floats(p.Dv);
-      const State s = *reinterpret_cast<const State*>(part + p.Dv);
+    const auto add = [&](const float* part, State s) {
       const float top = fmaxf(m, s.m), before = ptx::ex2(m - top), f = ptx::ex2(s.m - top);
       m = top;
       l = l * before + s.l * f;
@@ -247,6 +250,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 4) merge_kernel(const __grid_c
         for (int i = 0; i < 8; ++i) sum[o][i] = sum[o][i] * before + x[i] * f;
       }
     };
+    const auto add_row = [&](int64_t partial_row) {
+      const float* part = p.layout.partials + partial_row * partial_floats(p.Dv);
+      add(part, *reinterpret_cast<const State*>(part + p.Dv));
+    };
     for (int i = 0; i < chain[0].length; ++i) {
       const Node node = node_at(p, chain[0].node[i]);
       const Span span = span_of(p, node, group);
@@ -259,27 +266,38 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 4) merge_kernel(const __grid_c
         const int64_t n = Splits(p, span).count;
         written = n == 1;
 #pragma unroll(4 / O)
-        for (int64_t k = 0; k < n && n > 1; ++k) add((tiles * p.layout.splits + k) * p.layout.block_rows + tile_row);
+        for (int64_t k = way; k < n && n > 1; k += ways)
+          add_row((tiles * p.layout.splits + k) * p.layout.block_rows + tile_row);
       } else {
         const Steps steps(p, node, group, span);
         const int64_t begin = chain[0].before[i] + steps_before(p, node, group) + tile * steps.all;
-        const int64_t first = shares.block_of(begin), last = shares.block_of(begin + steps.all - 1);
+        const int first = shares.block_of(begin), last = shares.block_of(begin + steps.all - 1);
         // Units of the tile before those of block k.
-        const auto units_before = [&](int64_t k) {
+        const auto units_before = [&](int k) {
           return steps.unit(min(max(shares.begin(k) - begin, int64_t(0)), steps.all));
         };
         if (units_before(first + 1) == span.units) {  // not cut
           written = chain[0].length == 1;
-          if (!written) add(whole_row(p, chain[0].length - 1 - i, b, t, head));
+          if (!written && way == 0) add_row(whole_row(p, chain[0].length - 1 - i, b, t, head));
           continue;
         }
 #pragma unroll(4 / O)
-        for (int64_t k = first; k <= last; ++k)
+        for (int k = first + way; k <= last; k += ways)
           if (units_before(k) < units_before(k + 1))
-            add((2 * k + (begin > shares.begin(k))) * p.layout.block_rows + tile_row);
+            add_row((2 * int64_t(k) + (begin > shares.begin(k))) * p.layout.block_rows + tile_row);
       }
     }
-    write_row<L, O>(p, b, t, head, group, sum, {m, l}, exists && !written);
+    if (ways > 1) {
+      __syncthreads();  // those of the rows before were read
+      if (way > 0) {
+#pragma unroll
+        for (int o = 0; o < O; ++o) store8<DType::f32>(sum[o], true, sums[lane_group] + (lane + o * L) * kPerLane);
+        if (lane == 0) states[lane_group] = {m, l};
+      }
+      __syncthreads();
+      for (int other = 1; other < ways && way == 0; ++other) add(sums[lane_group + other], states[lane_group + other]);
+    }
+    write_row<L, O>(p, b, t, head, group, sum, {m, l}, exists && !written && way == 0);
   }
 }
 

@@ -201,6 +201,11 @@ Layout make_layout(const AttentionParams& p, const CudaExec& exec) {
   choose();
   for (int64_t g = 0; g < p.Hkv; ++g) layout.tiles += num_tiles(layout, p.Tq * heads_of(p, g));
   layout.whole = num_parts(p, layout) * layout.block_rows;
+  // As many as keep the number of blocks; with split_tokens the order of sums must not depend on the batch.
+  constexpr int kLaneGroups = 32 * kMaxWarps / T::kRowLanes;
+  layout.merge_ways = kLaneGroups;
+  while (!layout.splits && layout.merge_ways > 1 && p.B * p.Tq * p.Hq * layout.merge_ways > kMergeBlocks * kLaneGroups)
+    layout.merge_ways /= 2;
   return layout;
 }
 
@@ -222,7 +227,7 @@ void launch_attention(const ParamsOf<Sparse>& p, const CudaExec& exec) {
   using T = Tile<D, NT>;
   launch(attention_kernel<D, NT, Packed, Shared, Sparse>, dim3(p.layout.blocks), dim3(32 * p.layout.warps),
          p.layout.smem, exec.stream, p);
-  constexpr int rows = 32 * kMaxWarps / T::kRowLanes;
+  const int rows = 32 * kMaxWarps / T::kRowLanes / p.layout.merge_ways;
   const int64_t groups = (p.Tq * p.Hq + rows - 1) / rows, most = std::max<int64_t>(1, kMergeBlocks / p.B);
   launch(merge_kernel<T::kRowLanes, T::kValueOctets, Sparse>,
          dim3(static_cast<unsigned>(p.B), static_cast<unsigned>(std::min(groups, most))), dim3(32 * kMaxWarps), 0,

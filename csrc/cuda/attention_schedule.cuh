@@ -50,6 +50,7 @@ struct Layout {
   int64_t splits;  // of a sequence, at most; 0: equal shares
   int64_t whole;   // first partial row of what was not cut: [kMaxPlanDepth][B][Tq][Hq], with a sharing plan
   int blocks, warps, stages;
+  int merge_ways;  // parts of a row that are merged side by side
   // Shared memory: queries of each kind | per warp: scores of a stage, stages, sums (over the stages if they may)
   int queries[kQueryKinds];  // offset; < 0: not needed
   int warps_offset, warp_bytes, stages_offset, stage_bytes, sums_offset;
@@ -183,13 +184,19 @@ struct Splits {
 };
 
 // Equal shares: block k of n has steps [all k / n, all (k + 1) / n) of the list, in which a unit has one or several.
+// The merge asks for many of them, and a division of 64 bits is a hundred instructions: all k / n = each k + rest k / n.
 struct Shares {
-  int64_t all, n;
+  int64_t all, each;
+  int n, rest;
   __device__ Shares(const Params& p, int64_t steps) : all(steps) {
-    n = min((all + kUnitsPerBlock - 1) / kUnitsPerBlock, int64_t(p.layout.blocks));
+    n = static_cast<int>(min((all + kUnitsPerBlock - 1) / kUnitsPerBlock, int64_t(p.layout.blocks)));
+    each = n ? all / n : 0;
+    rest = static_cast<int>(all - each * n);
   }
-  __device__ int64_t begin(int64_t k) const { return all * k / n; }
-  __device__ int64_t block_of(int64_t step) const { return ((step + 1) * n - 1) / all; }
+  __device__ int64_t begin(int k) const {
+    return each * k + static_cast<uint32_t>(rest * k) / static_cast<uint32_t>(n);
+  }
+  __device__ int block_of(int64_t step) const { return static_cast<int>(((step + 1) * n - 1) / all); }
 };
 
 __device__ __forceinline__ int64_t group_rows(const Params& p, const Node& node, int group) {
@@ -207,7 +214,9 @@ struct Steps {
     cost = min(warps, int64_t(p.layout.cost));
     all = span.units * cost;
   }
-  __device__ int64_t unit(int64_t step) const { return (step + cost - 1) / cost; }
+  __device__ int64_t unit(int64_t step) const {
+    return static_cast<uint32_t>(step + cost - 1) / static_cast<uint32_t>(cost);
+  }
 };
 
 // Steps of the list that the node's groups before `group` have.
