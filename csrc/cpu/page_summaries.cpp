@@ -1,9 +1,10 @@
-// Bound by reading the keys once. One task: an interval of (sequence, run, KV head); the keys of a run pass through fp32 rows
-// in L1.
+// Bound by reading the keys once. One task: an interval of (sequence, run, KV head). 16-bit keys are read where they are,
+// others pass through fp32 rows in L1.
 #include "kvkernels/ops/page_summaries.h"
 
 #include "cpu/codec.h"
 #include "cpu/entry.h"
+#include "cpu/rows.h"
 #include "cpu/score_reduce.h"
 #include "cpu/split.h"
 
@@ -11,13 +12,15 @@ KK_BEGIN
 
 namespace {
 
-constexpr int64_t kBatch = 16;    // tokens that are decoded at a time: 8 KB at D 128
+constexpr int64_t kBatch = 16;    // tokens at a time: 8 KB of fp32 at D 128
 constexpr int64_t kMaxDim = 256;  // that decode_rows knows
 
 inline F min_or_nan(F a, F b) {
   const auto smaller = min(a, b).v;  // b where either is NaN
   return a.v != a.v ? a.v : smaller;
 }
+
+inline F clamp(F x, float low, float high) { return min(max(x, F::fill(low)), F::fill(high)); }
 
 // summary_code8 of x [n] and their scale.
 void write_codes8(const float* x, int64_t n, Rounding rounding, uint8_t* codes, uint8_t* scale) {
@@ -38,39 +41,62 @@ void write_codes8(const float* x, int64_t n, Rounding rounding, uint8_t* codes, 
     const F whole = rounding == Rounding::up     ? F::zero() - floor(F::zero() - c)
                     : rounding == Rounding::down ? floor(c)
                                                  : rint(c);
-    (min(max(whole, F::fill(-127.0f)), F::fill(127.0f)) + F::fill(128.0f)).store_u8(codes + i);
+    (clamp(whole, -127.0f, 127.0f) + F::fill(128.0f)).store_u8(codes + i);
   }
   for (int64_t i = 0; i < n; ++i) codes[i] ^= 0x80;  // from code + 128 to a signed byte
 }
 
-// One page of labels, token by token.
+// Channel i of token c, as the vectors of rows.h.
+inline float channel(const LoadBf16& keys, int64_t c, int64_t i) {
+  return bf16_to_float(load_u16(keys.rows[c] + 2 * i));
+}
+inline float channel(const LoadF16& keys, int64_t c, int64_t i) { return f16_to_float(load_u16(keys.rows[c] + 2 * i)); }
+inline float channel(const LoadF32& keys, int64_t c, int64_t i) { return keys.rows[c * keys.ld + i]; }
+
+// The labels of a page. Lanes are tokens, as in the record.
 struct LabelWriter {
-  const SummaryLayout& at;
+  const SummaryLayout at;
   const int32_t* channels;
   uint8_t* record;
 
   void clear() const { memset(record, 0, static_cast<size_t>(summary_codes_bytes(at) + 2 * summary_scales(at))); }
 
-  void write(int64_t token, const float* x) const {
-    float top = 0.0f;
-    if (at.bits != 16) {
-      for (int64_t j = 0; j < at.channels; ++j) {
-        const float a = fabsf(x[channels[j]]);
-        top = a > top || a != a ? a : top;
-      }
-      const uint16_t step = summary_scale(top, at.bits == 8 ? 127.0f : 7.5f);
-      store_u16(step, record + summary_codes_bytes(at) + 2 * token);
-      top = bf16_to_float(step);
+  // Tokens [token, token + n), n <= kBatch; those behind them get what clear() wrote again.
+  template <typename Keys>
+  void write(int64_t token, int64_t n, const Keys& keys) const {
+    alignas(64) float label[kBatch] = {}, scale[kBatch] = {};
+    const auto load_labels = [&](int64_t j) {
+      for (int64_t t = 0; t < n; ++t) label[t] = channel(keys, t, channels[j]);
+    };
+    for (int64_t j = 0; at.bits != 16 && j < at.channels; ++j) {
+      load_labels(j);
+      for (int64_t i = 0; i < kBatch; i += F::W)
+        max_or_nan(F::load(scale + i), abs(F::load(label + i))).store(scale + i);
     }
+    const int64_t left = at.page_size - token, m = left < kBatch ? left : kBatch;
+    if (at.bits != 16)
+      for (int64_t t = 0; t < m; ++t) {
+        const uint16_t step = summary_scale(scale[t], at.bits == 8 ? 127.0f : 7.5f);
+        store_u16(step, record + summary_codes_bytes(at) + 2 * (token + t));
+        scale[t] = bf16_to_float(step);
+      }
     for (int64_t j = 0; j < at.channels; ++j) {
-      const float v = x[channels[j]];
-      const int64_t i = j * at.page_size + token;
-      if (at.bits == 16)
-        store_u16(float_to_bf16(v), record + 2 * i);
-      else if (at.bits == 8)
-        record[i] = static_cast<uint8_t>(summary_code8(v, top, Rounding::nearest));
-      else
-        record[i / 2] |= static_cast<uint8_t>(summary_code4(v, top) << (4 * (i % 2)));
+      const int64_t first = j * at.page_size + token;
+      load_labels(j);
+      alignas(64) uint16_t half[kBatch];
+      alignas(64) uint8_t code[kBatch];
+      for (int64_t i = 0; i < kBatch; i += F::W) {
+        const F x = F::load(label + i), s = F::load(scale + i);
+        if (at.bits == 16) x.store_bf16(half + i);
+        if (at.bits == 8) (where_positive(s, clamp(rint(x / s), -127.0f, 127.0f)) + F::fill(128.0f)).store_u8(code + i);
+        if (at.bits == 4) where_positive(s, clamp(rint(x / s + F::fill(7.5f)), 0.0f, 15.0f)).store_u8(code + i);
+      }
+      if (at.bits == 16) memcpy(record + 2 * first, half, static_cast<size_t>(2 * m));
+      if (at.bits == 8)
+        for (int64_t t = 0; t < kBatch; ++t) record[first + t] = code[t] ^ 0x80;
+      if (at.bits == 4)
+        for (int64_t t = 0; t < kBatch; t += 2)
+          record[(first + t) / 2] = static_cast<uint8_t>(code[t] | code[t + 1] << 4);
     }
   }
 };
@@ -128,35 +154,56 @@ struct Summarizer {
       mean(b, g, from, to, record);
   }
 
-  // f(x, n) for rows x [n][D] of the keys of tokens [from, to), in their order.
+  // f(keys, n) for the keys of tokens [from, to) in their order, n at a time: keys(c, i) as in rows.h.
   template <typename Fn>
   void for_keys(int64_t b, int64_t g, int64_t from, int64_t to, const Fn& f) const {
-    alignas(64) float x[kBatch * kMaxDim];
     while (from < to) {
       const int64_t page = from / p.page_size, end = (page + 1) * p.page_size < to ? (page + 1) * p.page_size : to;
       const int32_t e = entry(b, page);
       const PoolSide side(p.pools[e >> 28], Side::K, p.transform, p.page_size, p.D);
-      while (from < end) {
-        const int64_t n = end - from < kBatch ? end - from : kBatch;
+      for (int64_t n = 0; from < end; from += n) {
+        n = end - from < kBatch ? end - from : kBatch;
+        alignas(64) float x[kBatch * kMaxDim];
         Row rows[kBatch];
-        for (int64_t i = 0; i < n; ++i)
-          rows[i] = side.row(e & kPageMask, g, from + i - page * p.page_size, reinterpret_cast<uint8_t*>(x + i * p.D));
-        decode[e >> 28](rows, n, side.layout);
-        f(x, n);
-        from += n;
+        const uint8_t* plain[kBatch];
+        for (int64_t i = 0; i < n; ++i) {
+          uint8_t* row = reinterpret_cast<uint8_t*>(x + i * p.D);
+          rows[i] = side.row(e & kPageMask, g, from + i - page * p.page_size, row);
+          plain[i] = rows[i].side + rows[i].token * side.layout.token_stride;
+        }
+        const Format format = p.pools[e >> 28].k_format;
+        if (format == Format::bf16) {
+          f(LoadBf16{plain}, n);
+        } else if (format == Format::f16) {
+          f(LoadF16{plain}, n);
+        } else {
+          decode[e >> 28](rows, n, side.layout);
+          f(LoadF32{x, p.D}, n);
+        }
       }
     }
+  }
+
+  // Asks for the 16-bit keys of a page. Decoding the others takes longer than their bytes do.
+  void look_ahead(int64_t b, int64_t page, int64_t g) const {
+    const int32_t e = entry(b, page);
+    const Pool& pool = p.pools[e >> 28];
+    if (pool.k_format != Format::bf16 && pool.k_format != Format::f16) return;
+    const uint8_t* x = pool.k + (e & kPageMask) * pool.k_page + g * pool.k_head;
+    const int64_t n = len(b) - page * p.page_size, most = 32;  // the rest of a page the processor fetches by itself
+    for (int64_t t = 0; t < n && t < p.page_size && t < most; ++t, x += pool.k_token)
+      for (int64_t i = 0; i < 2 * p.D; i += 64) __builtin_prefetch(x + i);
   }
 
   void minmax(int64_t b, int64_t g, int64_t from, int64_t to, uint8_t* record) const {
     const int64_t D = p.D;
     alignas(64) float top[kMaxDim], low[kMaxDim];
     for (int64_t i = 0; i < D; ++i) top[i] = -INFINITY, low[i] = INFINITY;
-    for_keys(b, g, from, to, [&](const float* x, int64_t n) {
+    for_keys(b, g, from, to, [&](const auto& keys, int64_t n) {
       for (int64_t i = 0; i < D; i += F::W) {
         F hi = F::load(top + i), lo = F::load(low + i);
         for (int64_t t = 0; t < n; ++t) {
-          const F v = F::load(x + t * D + i);
+          const F v = keys(static_cast<int>(t), i);
           hi = max_or_nan(hi, v);
           lo = min_or_nan(lo, v);
         }
@@ -178,10 +225,10 @@ struct Summarizer {
   void mean(int64_t b, int64_t g, int64_t from, int64_t to, uint8_t* record) const {
     const int64_t D = p.D;
     alignas(64) float sum[kMaxDim] = {};
-    for_keys(b, g, from, to, [&](const float* x, int64_t n) {
+    for_keys(b, g, from, to, [&](const auto& keys, int64_t n) {
       for (int64_t i = 0; i < D; i += F::W) {
         F s = F::load(sum + i);
-        for (int64_t t = 0; t < n; ++t) s = s + F::load(x + t * D + i);
+        for (int64_t t = 0; t < n; ++t) s = s + keys(static_cast<int>(t), i);
         s.store(sum + i);
       }
     });
@@ -194,8 +241,9 @@ struct Summarizer {
   void labels(int64_t b, int64_t g, int64_t from, int64_t to, const LabelWriter& writer) const {
     writer.clear();
     int64_t token = 0;
-    for_keys(b, g, from, to, [&](const float* x, int64_t n) {
-      for (int64_t t = 0; t < n; ++t) writer.write(token++, x + t * p.D);
+    for_keys(b, g, from, to, [&](const auto& keys, int64_t n) {
+      writer.write(token, n, keys);
+      token += n;
     });
   }
 };
@@ -210,9 +258,11 @@ void page_summaries_cpu(const PageSummariesParams& p, const CpuExec& exec) {
     for (; run >= s.end_run(b) - s.first_run(b); ++b) run -= s.end_run(b) - s.first_run(b);
     run += s.first_run(b);
     for (int64_t i = begin; i < end; ++i) {
-      while (run == s.end_run(b)) run = s.first_run(++b);
-      s.summarize(b, run, g);
+      const int64_t now_b = b, now_run = run, now_g = g;
       if (++g == p.Hkv) g = 0, ++run;
+      while (b + 1 < p.B && run == s.end_run(b)) run = s.first_run(++b);
+      if (i + 1 < end && !p.offsets) s.look_ahead(b, run, g);
+      s.summarize(now_b, now_run, now_g);
     }
   });
 }
