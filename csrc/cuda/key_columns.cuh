@@ -1,6 +1,6 @@
-// Keys of any format as columns of score_rows.cuh: 8 tokens of a KV head at a time. 16-bit keys and kivi2 are multiplied with
-// the queries as they are, in units of 32 channels and runs of 8; rotated formats with rotated queries, in units of a scale
-// group, so that a lane has a quarter of a token's codes in one piece.
+// Keys of any format as columns of score_rows.cuh: 16 tokens of a KV head at a time. 16-bit keys and kivi2 are multiplied
+// with the queries as they are, in units of 32 channels and runs of 8; rotated formats with rotated queries, in units of a
+// scale group, so that a lane has a quarter of a token's codes in one piece.
 #pragma once
 #include "cuda/codec.cuh"
 #include "cuda/score_rows.cuh"
@@ -8,167 +8,177 @@
 namespace kk::cuda {
 
 constexpr int kPlainRun = 2;
-constexpr int kKeyWords = 32;  // of a lane: 512 bytes of a row by four lanes
-
-// Scale groups of a token in a rotated format, and the steps of one.
-KK_HD int key_groups(int head_dim) { return head_dim > 128 ? 2 : 1; }
-KK_HD int rotated_run(int head_dim) { return head_dim > 64 ? 8 : 4; }
 KK_HD int plain_steps(int head_dim) { return (head_dim + 31) / 32 * kPlainRun; }
-KK_HD int rotated_steps(int head_dim) { return head_dim / 16; }
 
-// Where a column is.
+// Where a token is.
 struct KeyPlace {
   const uint8_t* page;  // K side, or null: there is no such token
   int token;
 };
 
-// What a lane has read of the 8 tokens that begin at `first`, for packed formats, or of its own column's.
+// The codes of a word in their order, as pairs of bf16, less the offset of the grid. u3: its low bits, and half a word of the
+// high ones.
+template <typename Fmt, int N>
+__device__ __forceinline__ void unpack_codes(uint32_t word, uint32_t high, uint32_t (&pairs)[N]) {
+  if constexpr (Fmt::bits == 8) {
+    // Code u is u - 128 as a signed byte, and means half more.
+    word ^= 0x80808080u;
+    const uint32_t even = signed_bytes(word), odd = signed_bytes(word >> 8);
+    pairs[0] = add_bf16(low_halves(even, odd), 0x3f003f00u);
+    pairs[1] = add_bf16(high_halves(even, odd), 0x3f003f00u);
+  } else {
+    // 64 + code, where the lowest bit of bf16 means a half, less 64 + offset: codes i and i + N at a time.
+    constexpr uint32_t code = (1u << (Fmt::low_bits + 1)) - 2u;
+    constexpr uint32_t offset = 0xc280u + static_cast<uint32_t>(2 * Fmt::Grid::offset);
+    if constexpr (Fmt::bits == 3) high = __byte_perm(high, 0, 0x4140) << 3;
+    uint32_t apart[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int shift = Fmt::low_bits * i - 1;
+      uint32_t x = (shift < 0 ? word << 1 : word >> shift) & (code * 0x10001u);
+      if constexpr (Fmt::bits == 3) x |= high >> i & 0x00080008u;
+      apart[i] = add_bf16(x | 0x42804280u, offset * 0x10001u);
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      pairs[i] = low_halves(apart[2 * i], apart[2 * i + 1]);
+      pairs[N / 2 + i] = high_halves(apart[2 * i], apart[2 * i + 1]);
+    }
+  }
+}
+
+// What a lane has read of 16 tokens, in two tiles of 8 columns. MaxD: 64, 128 or 256; packed formats have that head_dim.
+template <int MaxD>
 struct Keys {
-  uint32_t w[kKeyWords];
-  uint2 scales;  // of columns 2 t and 2 t + 1, all groups: rotated formats
+  static constexpr int kGroups = MaxD > 128 ? 2 : 1, kRun = MaxD > 64 ? 8 : 4;  // of rotated formats
+  static constexpr int kSteps = MaxD / 16;
+
+  uint32_t w[2][MaxD / 8];
+  uint2 scales[2];  // rotated formats: of columns 2 t and 2 t + 1, all groups
 
   template <typename Piece>
-  __device__ __forceinline__ void load_piece(int at, const uint8_t* p) {
+  __device__ __forceinline__ void load_piece(int tile, int at, const uint8_t* p) {
     const Piece x = __ldg(reinterpret_cast<const Piece*>(p));
-    memcpy(w + at, &x, sizeof(Piece));
+    memcpy(w[tile] + at, &x, sizeof(Piece));
   }
 
-  __device__ __forceinline__ void load_row(int head_dim, int64_t token_stride, const KeyPlace& column) {
-    const int t = threadIdx.x % 4;
+  // Of the lane's own column.
+  __device__ __forceinline__ void load_row(int tile, int head_dim, int64_t token_stride, const KeyPlace& column) {
+    const uint8_t* row = column.page + column.token * token_stride;
 #pragma unroll
-    for (int i = 0; i < kKeyWords / 4; ++i) {
-      const int c = i * 32 + t * 8;
+    for (int i = 0; i < MaxD / 32; ++i) {
+      const int c = i * 32 + threadIdx.x % 4 * 8;
       if (column.page && c < head_dim)
-        load_piece<uint4>(4 * i, column.page + column.token * token_stride + 2 * c);
+        load_piece<uint4>(tile, 4 * i, row + 2 * c);
       else
-        w[4 * i] = w[4 * i + 1] = w[4 * i + 2] = w[4 * i + 3] = 0;
+        w[tile][4 * i] = w[tile][4 * i + 1] = w[tile][4 * i + 2] = w[tile][4 * i + 3] = 0;
     }
   }
 
-  // Words of a group begin at w[8 * group]; u3 has the high bits in w[8 * group + 4].
+  // Of the 8 tokens from `first` on. A group takes kRun words, u3's high bits are in the fifth of them.
   template <typename Fmt>
-  __device__ __forceinline__ void load_codes(int head_dim, int64_t page_size, const KeyPlace& first) {
-    constexpr int kBits = Fmt::low_bits;  // and words of 32 codes
-    using Half = std::conditional_t<kBits == 8, uint4, std::conditional_t<kBits == 4, uint2, uint32_t>>;
-    using Whole = std::conditional_t<kBits == 2, uint2, uint4>;
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, codes = 4 * rotated_run(head_dim);
-    const int64_t token = first.token + g;
+  __device__ __forceinline__ void load_codes(int tile, int64_t page_size, const KeyPlace& first) {
+    constexpr int kBytes = 4 * kRun * Fmt::low_bits / 8;  // of a lane and group
+    using Piece = std::conditional_t<kBytes >= 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+    const int64_t token = first.token + threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      if (group == key_groups(head_dim)) break;
-      const int64_t c = group * kScaleGroup + t * codes;
-      const uint8_t* low = first.page + (token * head_dim + c) * Fmt::low_bits / 8;
-      if (codes == 32) {
-        load_piece<Whole>(8 * group, low);
-        if constexpr (kBits == 8) load_piece<Whole>(8 * group + 4, low + sizeof(Whole));
-      } else {
-        load_piece<Half>(8 * group, low);
-      }
+    for (int group = 0; group < kGroups; ++group) {
+      const int c = group * kScaleGroup + threadIdx.x % 4 * 4 * kRun;
+      const uint8_t* low = first.page + (token * MaxD + c) * Fmt::low_bits / 8;
+#pragma unroll
+      for (int i = 0; i < kBytes; i += sizeof(Piece)) load_piece<Piece>(tile, kRun * group + i / 4, low + i);
       if constexpr (Fmt::bits == 3) {
-        const uint8_t* high = first.page + Fmt::plane1_offset(page_size, head_dim) + (token * head_dim + c) / 8;
-        w[8 * group + 4] = codes == 32 ? __ldg(reinterpret_cast<const uint32_t*>(high))
-                                       : __ldg(reinterpret_cast<const uint16_t*>(high));
+        using High = std::conditional_t<kRun == 8, uint32_t, uint16_t>;
+        const uint8_t* high = first.page + Fmt::plane1_offset(page_size, MaxD) + (token * MaxD + c) / 8;
+        w[tile][kRun * group + kRun / 2] = __ldg(reinterpret_cast<const High*>(high));
       }
     }
-    const uint8_t* scale = first.page + Fmt::scales_offset(page_size, head_dim);
-    const int64_t two = first.token + 2 * t;
-    if (key_groups(head_dim) == 2)
-      scales = __ldg(reinterpret_cast<const uint2*>(scale + two * 4));
+    const uint8_t* scale =
+        first.page + Fmt::scales_offset(page_size, MaxD) + (first.token + threadIdx.x % 4 * 2) * 2 * kGroups;
+    if constexpr (kGroups == 2)
+      scales[tile] = __ldg(reinterpret_cast<const uint2*>(scale));
     else
-      scales.x = __ldg(reinterpret_cast<const uint32_t*>(scale + two * 2));
+      scales[tile].x = __ldg(reinterpret_cast<const uint32_t*>(scale));
   }
 
-  __device__ __forceinline__ float scale(int column, int group, int groups) const {
-    const uint32_t both = groups == 2 && column == 1 ? scales.y : scales.x;
-    const int half = groups == 2 ? group : column;
-    return f16_to_float(static_cast<uint16_t>(both >> (16 * half)));
+  __device__ __forceinline__ float scale(int tile, int column, int group) const {
+    const uint32_t both = kGroups == 2 && column == 1 ? scales[tile].y : scales[tile].x;
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(both >> (16 * (kGroups == 2 ? group : column)))));
   }
 
   // bf16 rows, or, where `f16`, of f16: a number of 11 bits is two of 8.
   template <bool SomeF16>
-  __device__ __forceinline__ void multiply_row(const QueryTile& q, int head_dim, bool f16, Sums& sums) const {
+  __device__ __forceinline__ void multiply_rows(const QueryTile& q, int head_dim, const bool (&f16)[2],
+                                                Sums (&sums)[2]) const {
 #pragma unroll
-    for (int step = 0; step < kKeyWords / 2; ++step) {
+    for (int step = 0; step < MaxD / 16; ++step) {
       if (step >= plain_steps(head_dim)) break;
-      if constexpr (!SomeF16) {
-        sums.add<1>(q, step, {{w[2 * step], w[2 * step + 1]}});
-      } else {
-        uint32_t b[2][2] = {{w[2 * step], w[2 * step + 1]}, {0, 0}};
-        if (f16) {
+      uint32_t b[2][SomeF16 ? 2 : 1][2];
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float x = f16_to_float(static_cast<uint16_t>(w[2 * step + i]));
-            float y = f16_to_float(static_cast<uint16_t>(w[2 * step + i] >> 16));
-            b[0][i] = next_digits(x, y, false);
-            b[1][i] = next_digits(x, y, true);
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t pair = w[tile][2 * step + i];
+          b[tile][0][i] = pair;
+          if constexpr (SomeF16) {
+            float x = __half2float(__ushort_as_half(static_cast<uint16_t>(pair)));
+            float y = __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16)));
+            const uint32_t first = cut_digits(x, y), second = cut_digits(x, y);
+            if (f16[tile]) b[tile][0][i] = first;
+            b[tile][1][i] = f16[tile] ? second : 0;
           }
         }
-        sums.add<2>(q, step, b);
-      }
+      multiply(q, step, b, sums);
     }
   }
 
-  // A group of codes, without its scale.
+  // Codes of a group, without its scales.
   template <typename Fmt>
-  __device__ __forceinline__ void multiply_codes(const QueryTile& q, int head_dim, int group, Sums& sums) const {
-    constexpr int kWords = Fmt::low_bits, kSteps = 8 / kWords;  // words of a lane, steps of a word
-    const int run = rotated_run(head_dim);
+  __device__ __forceinline__ void multiply_codes(const QueryTile& q, int group, Sums (&sums)[2]) const {
+    constexpr int kWordSteps = 8 / Fmt::low_bits;
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) {
-      if (k * kSteps >= run) break;
-      const uint32_t word = group ? w[8 + k] : w[k];
-      uint32_t pairs[2 * kSteps];
-      if constexpr (Fmt::bits == 8) {
-        // Code u is u - 128 as a signed byte, and means half more.
-        const uint32_t even = signed_bytes(word ^ 0x80808080u), odd = signed_bytes((word ^ 0x80808080u) >> 8);
-        pairs[0] = add_bf16(low_halves(even, odd), 0x3f003f00u);
-        pairs[1] = add_bf16(high_halves(even, odd), 0x3f003f00u);
-      } else {
-        // 64 + code, whose last bit means a half, less 64 + offset: codes i and i + 16 / bits at a time.
-        constexpr uint32_t code = (1u << (Fmt::low_bits + 1)) - 2u;
-        constexpr uint32_t offset = 0xc280u + static_cast<uint32_t>(2 * Fmt::Grid::offset);
-        uint32_t high = 0;
-        if constexpr (Fmt::bits == 3) high = __byte_perm((group ? w[12] : w[4]) >> (16 * k), 0, 0x4140) << 3;
-        uint32_t apart[2 * kSteps];
+    for (int k = 0; k < kRun / kWordSteps; ++k) {
+      uint32_t pairs[2][2 * kWordSteps];
 #pragma unroll
-        for (int i = 0; i < 2 * kSteps; ++i) {
-          const int shift = Fmt::low_bits * i - 1;
-          uint32_t x = (shift < 0 ? word << 1 : word >> shift) & (code * 0x10001u);
-          if constexpr (Fmt::bits == 3) x |= high >> i & 0x00080008u;
-          apart[i] = add_bf16(x | 0x42804280u, offset * 0x10001u);
-        }
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          pairs[i] = low_halves(apart[2 * i], apart[2 * i + 1]);
-          pairs[kSteps + i] = high_halves(apart[2 * i], apart[2 * i + 1]);
-        }
+      for (int tile = 0; tile < 2; ++tile) {
+        const uint32_t high = Fmt::bits == 3 ? w[tile][kRun * group + kRun / 2] >> (16 * k) : 0;
+        unpack_codes<Fmt>(w[tile][kRun * group + k], high, pairs[tile]);
       }
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) sums.add<1>(q, group * run + k * kSteps + s, {{pairs[2 * s], pairs[2 * s + 1]}});
+      for (int s = 0; s < kWordSteps; ++s)
+        multiply<2, 1>(q, group * kRun + k * kWordSteps + s,
+                       {{{pairs[0][2 * s], pairs[0][2 * s + 1]}}, {{pairs[1][2 * s], pairs[1][2 * s + 1]}}}, sums);
     }
   }
 };
 
 // kivi2 has its scales per channel of the page: keys are decoded, and are sums of three bf16.
-__device__ __forceinline__ void multiply_kivi2(const QueryTile& q, int head_dim, int64_t page_size,
-                                               const KeyPlace& first, Sums& sums) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  for (int unit = 0; unit < head_dim / 32; ++unit) {
-    const int c = unit * 32 + t * 8;
-    const uint32_t codes = *reinterpret_cast<const uint16_t*>(first.page + ((first.token + g) * head_dim + c) / 4);
-    float scale[8], x[8];
-    load8<DType::f16>(first.page + kivi2::scale_offset(page_size, head_dim) + 2 * c, true, scale);
-    load8<DType::f16>(first.page + kivi2::zero_offset(Side::K, page_size, head_dim) + 2 * c, true, x);
+template <int MaxD>
+__device__ __forceinline__ void multiply_kivi2(const QueryTile& q, int64_t page_size, const KeyPlace& first,
+                                               Sums (&sums)[2]) {
+  const int g = threadIdx.x % 32 / 4;
+  for (int unit = 0; unit < MaxD / 32; ++unit) {
+    const int c = unit * 32 + threadIdx.x % 4 * 8;
+    float scale[8], zero[8], x[2][8];
+    load8<DType::f16>(first.page + kivi2::scale_offset(page_size, MaxD) + 2 * c, true, scale);
+    load8<DType::f16>(first.page + kivi2::zero_offset(Side::K, page_size, MaxD) + 2 * c, true, zero);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = x[i] + __fmul_rn(scale[i], static_cast<float>(codes >> (2 * i) & 3u));
+    for (int tile = 0; tile < 2; ++tile) {
+      const uint8_t* codes = first.page + ((first.token + 8 * tile + g) * MaxD + c) / 4;
+      const uint32_t word = __ldg(reinterpret_cast<const uint16_t*>(codes));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[tile][i] = zero[i] + __fmul_rn(scale[i], static_cast<float>(word >> (2 * i) & 3u));
+    }
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      uint32_t b[3][2];
+      uint32_t b[2][3][2];
 #pragma unroll
-      for (int d = 0; d < 3; ++d)
+      for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) b[d][i] = next_digits(x[4 * s + 2 * i], x[4 * s + 2 * i + 1], d == 2);
-      sums.add<3>(q, unit * kPlainRun + s, b);
+        for (int d = 0; d < 3; ++d)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) b[tile][d][i] = cut_digits(x[tile][4 * s + 2 * i], x[tile][4 * s + 2 * i + 1]);
+      multiply(q, unit * kPlainRun + s, b, sums);
     }
   }
 }

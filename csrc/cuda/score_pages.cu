@@ -49,7 +49,7 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
   const int h = static_cast<int>(blockIdx.x % a.heads), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
   const uint32_t count = a.which.count(b), first = blockIdx.x / a.heads % a.chunks * kBlockItems;
-  a.sink.fill_behind(head, first, count);
+  a.sink.fill_behind(head, first, first + kBlockItems, count);
   if (first >= count) return;
 
   const int units = a.parts * a.units_per_part;
@@ -63,7 +63,7 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
     record = a.records[entry >> 28] + (page * a.heads + h) * a.record_bytes;
   }
   const unsigned there = __ballot_sync(kWholeWarp, record != nullptr);
-  const int steps = steps_of(own, count);
+  const int steps = steps_of(own, count, kColumns);
   const int halves = (units + kUnits - 1) / kUnits, tiles = (a.rows.rows + kTileRows - 1) / kTileRows;
 
   uint4 w[kUnits];
@@ -91,7 +91,7 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
     build_queries<Bits>(a, queries, b, h, tile * kTileRows);
     __syncthreads();
     for (int step = 0; step < steps; ++step) {
-      Sums sums;
+      Sums sums[1];
       float x[4] = {};
       // Ends a part: its columns 2 t and 2 t + 1 have their scales in the lanes that loaded them.
       const auto end_part = [&](int part) {
@@ -99,10 +99,10 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
         for (int i = 0; i < 2; ++i) {
           const uint32_t s = __shfl_sync(kWholeWarp, scales, (2 * t + i) * 4) >> (16 * part);
           const float scale = bf16_to_float(static_cast<uint16_t>(s));
-          x[i] = fmaf(scale, sums.value(i), x[i]);
-          x[2 + i] = fmaf(scale, sums.value(2 + i), x[2 + i]);
+          x[i] = fmaf(scale, sums[0].value(i), x[i]);
+          x[2 + i] = fmaf(scale, sums[0].value(2 + i), x[2 + i]);
         }
-        sums = {};
+        sums[0] = {};
       };
       for (int half = 0; half < halves; ++half) {
 #pragma unroll
@@ -114,10 +114,10 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
 #pragma unroll
           for (int s = 0; s < kRun<Bits>; ++s) {
             if constexpr (Bits == 16) {
-              sums.add<1>(queries, unit * kRun<Bits> + s, {{words[2 * s], words[2 * s + 1]}});
+              multiply<1, 1>(queries, unit * kRun<Bits> + s, {{{words[2 * s], words[2 * s + 1]}}}, sums);
             } else {
               const uint32_t even = signed_bytes(words[s]), odd = signed_bytes(words[s] >> 8);
-              sums.add<1>(queries, unit * kRun<Bits> + s, {{low_halves(even, odd), high_halves(even, odd)}});
+              multiply<1, 1>(queries, unit * kRun<Bits> + s, {{{low_halves(even, odd), high_halves(even, odd)}}}, sums);
             }
           }
         }
@@ -127,12 +127,12 @@ __global__ __launch_bounds__(kScoreThreads, 4) void score_pages_kernel(__grid_co
       }
       if constexpr (Bits == 16) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = sums.value(i);
+        for (int i = 0; i < 4; ++i) x[i] = sums[0].value(i);
       }
       const unsigned has = there >> (step * kColumns);
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = has >> (2 * t + i % 2) & 1u ? x[i] * a.scale : -INFINITY;
-      a.sink.put(head, a.rows.rows, tile * kTileRows, own + step * kColumns, count, x, columns[warp], step);
+      a.sink.put(head, a.rows.rows, tile * kTileRows, own, step * kColumns, count, x, columns[warp]);
     }
     a.sink.put_columns(head, tile * kTileRows, own, count, columns[warp]);
   }

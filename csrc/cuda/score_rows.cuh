@@ -12,7 +12,7 @@ namespace kk::cuda {
 
 constexpr int kTileRows = 16, kColumns = 8;
 constexpr int kScoreWarps = 4, kScoreThreads = 32 * kScoreWarps;
-constexpr int kWarpItems = 32, kBlockItems = kScoreWarps * kWarpItems;  // 4 steps of 8 columns for each warp
+constexpr int kWarpItems = 32, kBlockItems = kScoreWarps * kWarpItems;
 
 // ---- rows
 
@@ -47,21 +47,13 @@ struct ScoreRows {
 
 // ---- digits
 
-// Of x, which keeps the rest. The first digits are cut off, so that three are exact; the last is rounded. What is not
-// finite is its first digit alone.
-__device__ __forceinline__ uint32_t next_digit(float& x, bool last) {
-  if (last || !(fabsf(x) <= 3.4028235e38f)) {
-    const uint32_t digit = float_to_bf16(x);
-    x = 0.0f;
-    return digit;
-  }
-  const uint32_t digit = float_bits(x) >> 16;
-  x -= bits_float(digit << 16);
-  return digit;
-}
-__device__ __forceinline__ uint32_t next_digits(float& x, float& y, bool last) {
-  const uint32_t low = next_digit(x, last);
-  return low | next_digit(y, last) << 16;
+// The next bf16 of x and of y, which keep the rest: 8 bits are cut off, so that three times takes all of fp32. What is not
+// finite leaves NaN for those after the first, which Sums::value() ignores then.
+__device__ __forceinline__ uint32_t cut_digits(float& x, float& y) {
+  const uint32_t a = float_bits(x), b = float_bits(y);
+  x -= bits_float(a & 0xffff0000u);
+  y -= bits_float(b & 0xffff0000u);
+  return __byte_perm(a, b, 0x7632);
 }
 
 // Digits of query rows as they come.
@@ -83,8 +75,8 @@ struct QueryTile {
       for (int i = 0; i < 8; i += 4) {
         const int group = (c + i) / 4, step = first_step + group / (4 * run) * run + group % run;
         const int lane = row % 8 * 4 + group / run % 4, at = ((d * steps + step) * 32 + lane) * 4 + row / 8;
-        words[at] = next_digits(x[i], x[i + 1], d == digits - 1);
-        words[at + 2] = next_digits(x[i + 2], x[i + 3], d == digits - 1);
+        words[at] = cut_digits(x[i], x[i + 1]);
+        words[at + 2] = cut_digits(x[i + 2], x[i + 3]);
       }
     }
   }
@@ -96,23 +88,25 @@ struct Sums {
 
   // value(i) belongs to row g + 8 (i / 2) and column 2 t + i % 2.
   __device__ float value(int i) const { return fabsf(high[i]) <= 3.4028235e38f ? high[i] + low[i] : high[i]; }
-
-  // One step; b: digits of the columns.
-  template <int N>
-  __device__ __forceinline__ void add(const QueryTile& q, int step, const uint32_t (&b)[N][2]) {
-#pragma unroll
-    for (int d = 0; d < 3; ++d) {
-      if (d >= q.digits) break;
-      const uint4 v = q.data[(d * q.steps + step) * 32 + threadIdx.x % 32];
-      const uint32_t a[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        float (&c)[4] = d + n == 0 ? high : low;
-        ptx::mma_m16n8k16_bf16(c, a, b[n], c);
-      }
-    }
-  }
 };
+
+// A step of T times 8 columns; b: their digits.
+template <int T, int N>
+__device__ __forceinline__ void multiply(const QueryTile& q, int step, const uint32_t (&b)[T][N][2], Sums (&sums)[T]) {
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    if (d >= q.digits) break;
+    const uint4 v = q.data[(d * q.steps + step) * 32 + threadIdx.x % 32];
+    const uint32_t a[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int t = 0; t < T; ++t) {
+        float (&c)[4] = d + n == 0 ? sums[t].high : sums[t].low;
+        ptx::mma_m16n8k16_bf16(c, a, b[t][n], c);
+      }
+  }
+}
 
 // ---- codes to pairs of bf16
 
@@ -142,9 +136,9 @@ __device__ __forceinline__ float max_or_nan(float a, float b) { return a > b || 
 __device__ __forceinline__ bool keeps_max(Reduce r) { return r == Reduce::max || r == Reduce::softmax_max; }
 inline bool is_softmax(Reduce r) { return r == Reduce::softmax_max || r == Reduce::softmax_sum; }
 
-// 8-column steps of a warp whose items begin at `own`.
-__device__ __forceinline__ int steps_of(uint32_t own, uint32_t count) {
-  return own < count ? static_cast<int>(min(uint32_t{kWarpItems}, count - own) + kColumns - 1) / kColumns : 0;
+// Steps of a warp whose items begin at `own`, of `each` items.
+__device__ __forceinline__ int steps_of(uint32_t own, uint32_t count, int each) {
+  return own < count ? (static_cast<int>(min(uint32_t{kWarpItems}, count - own)) + each - 1) / each : 0;
 }
 
 // Where scores go: kept for each row (what a softmax or a page's best token needs), or reduced over the rows.
@@ -156,30 +150,30 @@ struct ScoreSink {
 
   __device__ float combine(float a, float b) const { return keeps_max(reduce) ? max_or_nan(a, b) : a + b; }
 
-  // Of the items of a block, those that a sequence does not have.
-  __device__ __forceinline__ void fill_behind(int64_t head, uint32_t first, uint32_t count) const {
+  // Items [first, end) that a sequence does not have.
+  __device__ __forceinline__ void fill_behind(int64_t head, uint32_t first, uint32_t end, uint32_t count) const {
     if (kept) return;
-    for (uint32_t i = threadIdx.x; i < kBlockItems; i += kScoreThreads)
-      if (first + i >= count && first + i < items) out[head * items + first + i] = -INFINITY;
+    for (uint32_t i = max(first, count) + threadIdx.x; i < min(end, items); i += kScoreThreads)
+      out[head * items + i] = -INFINITY;
   }
 
-  // x[i] as Sums::value(i), of rows `tile` ... and 8 items from `first` on, of which those below count are there; by a warp.
+  // x[i] as Sums::value(i), of rows `tile` ... and items own + at ... + 7, of which those below count are there; by a warp.
   // What is not kept waits in `columns` for put_columns().
-  __device__ __forceinline__ void put(int64_t head, int rows, int tile, uint32_t first, uint32_t count,
-                                      const float (&x)[4], float (&columns)[8][kWarpItems], int step) const {
+  __device__ __forceinline__ void put(int64_t head, int rows, int tile, uint32_t own, int at, uint32_t count,
+                                      const float (&x)[4], float (&columns)[8][kWarpItems]) const {
     const int g = threadIdx.x % 32 / 4, row = tile + g, column = threadIdx.x % 4 * 2;
     if (!kept) {
       const float none = keeps_max(reduce) ? -INFINITY : 0.0f;
       float y[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) y[i] = combine(row < rows ? x[i] : none, row + 8 < rows ? x[2 + i] : none);
-      *reinterpret_cast<float2*>(&columns[g][step * kColumns + column]) = make_float2(y[0], y[1]);
+      *reinterpret_cast<float2*>(&columns[g][at + column]) = make_float2(y[0], y[1]);
       return;
     }
-    float* to = kept + (head * rows + row) * items + first + column;
+    float* to = kept + (head * rows + row) * items + own + at + column;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (row + i / 2 * 8 < rows && first + column + i % 2 < count) to[int64_t{i / 2 * 8} * items + i % 2] = x[i];
+      if (row + i / 2 * 8 < rows && own + at + column + i % 2 < count) to[int64_t{i / 2 * 8} * items + i % 2] = x[i];
   }
 
   // After the steps of a warp.

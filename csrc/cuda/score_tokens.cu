@@ -1,4 +1,4 @@
-// Keys: a block takes 128 tokens of a KV head, a warp 8 of them at a time for 16 query rows (cuda/score_rows.cuh). Labels: a
+// Keys: a block takes 128 tokens of a KV head, a warp 16 of them at a time for 16 query rows (cuda/score_rows.cuh). Labels: a
 // thread takes a token.
 #include "kvkernels/ops/score_tokens.h"
 
@@ -8,11 +8,14 @@
 namespace kk::cuda {
 namespace {
 
+constexpr int kStepTokens = 2 * kColumns;
+constexpr int kMaxRounds = 4, kBlocksPerSm = 16;
+
 struct Args : ScoreTokensParams {
   ScoreRows rows;
   ScoreSink sink;
   Items tokens;
-  uint32_t heads, chunks;
+  uint32_t heads, chunks, rounds;  // a block takes 128 tokens `rounds` times
   PoolSide side[kMaxPools];
   int plain_digits, rotated_digits;  // 0: no pool needs such queries
   bool some_f16, transform_vector;
@@ -56,98 +59,114 @@ __device__ __forceinline__ void build_queries(const Args& a, const QueryTile& pl
   }
 }
 
-__global__ __launch_bounds__(kScoreThreads, 4) void score_keys_kernel(__grid_constant__ const Args a) {
+template <int MaxD>
+__global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_kernel(__grid_constant__ const Args a) {
   KK_DYN_SMEM(uint4, smem);
   KK_SHARED(float, columns, [kScoreWarps][8][kWarpItems]);
   KK_SHARED(float, bias, [kTileRows]);
   const int h = static_cast<int>(blockIdx.x % a.heads), lane = threadIdx.x % 32, g = lane / 4;
   const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
-  const uint32_t count = a.tokens.count(b), begin = blockIdx.x / a.heads % a.chunks * kBlockItems;
-  a.sink.fill_behind(head, begin, count);
+  const uint32_t count = a.tokens.count(b), block = a.rounds * kBlockItems;
+  const uint32_t begin = blockIdx.x / a.heads % a.chunks * block;
+  a.sink.fill_behind(head, begin, begin + block, count);
   if (begin >= count) return;
 
   const int D = static_cast<int>(a.D);
   const QueryTile plain{smem, a.plain_digits, plain_steps(D), kPlainRun};
-  const QueryTile rotated{smem + QueryTile::bytes(plain.digits, plain.steps) / 16, a.rotated_digits, rotated_steps(D),
-                          rotated_run(D)};
+  const QueryTile rotated{smem + QueryTile::bytes(plain.digits, plain.steps) / 16, a.rotated_digits, Keys<MaxD>::kSteps,
+                          Keys<MaxD>::kRun};
+  // Steps of the warp, two for each round of 32 tokens.
   const int warp = threadIdx.x / 32;
-  const uint32_t own = begin + warp * kWarpItems;  // tokens of the warp
-  unsigned long long page = 0;                     // that of token own + lane
-  uint32_t where = 0;                              // pool << 28 | token in the page
-  if (own + lane < count) {
-    const Slot at = locate(own + lane, a.page_size);
-    const int32_t entry = a.page_table[b * a.table_stride + at.page];
-    page = reinterpret_cast<unsigned long long>(a.side[entry >> 28].page(entry & kPageMask, h));
-    where = static_cast<uint32_t>(entry >> 28) << 28 | static_cast<uint32_t>(at.token);
-  }
-  const int steps = steps_of(own, count);
+  const auto own = [&](int step) { return begin + (step / 2 * kScoreWarps + warp) * kWarpItems; };
+  int steps = 0;
+  for (int i = 0; i < static_cast<int>(a.rounds); ++i) steps += steps_of(own(2 * i), count, kStepTokens);
 
-  Keys keys;
-  KeyPlace first{};  // of the 8 columns of a step
+  Keys<MaxD> keys;
+  unsigned long long page = 0;  // of token `lane` of a round
+  uint32_t where = 0;           // pool << 28 | token in the page
+  KeyPlace first{};             // of the 16 tokens of a step
   Format format = Format::bf16;
-  bool f16_column = false, f16_columns = false;
+  bool f16[2] = {}, some_f16 = false;
   const auto load = [&](int step) {
+    const uint32_t token = own(step) + lane;
+    if (step % 2 == 0) page = where = 0;
+    if (step % 2 == 0 && token < count) {
+      const Slot at = locate(token, a.page_size);
+      const int32_t entry = a.page_table[b * a.table_stride + at.page];
+      page = reinterpret_cast<unsigned long long>(a.side[entry >> 28].page(entry & kPageMask, h));
+      where = static_cast<uint32_t>(entry >> 28) << 28 | static_cast<uint32_t>(at.token);
+    }
+    const int of_round = step % 2 * kStepTokens;
     const auto place = [&](int from, uint32_t& at) {
       const auto address = __shfl_sync(kWholeWarp, page, from);
       at = __shfl_sync(kWholeWarp, where, from);
       return KeyPlace{reinterpret_cast<const uint8_t*>(address), static_cast<int>(at & kPageMask)};
     };
     uint32_t at;
-    first = place(step * kColumns, at);
+    first = place(of_round, at);
     format = a.side[at >> 28].format;
-    // Packed pages have multiples of 16 tokens: the 8 columns lie in one.
+    // Packed pages have multiples of 16 tokens: those of a step lie in one.
     switch_format(format, [&](auto fmt) {
       using Fmt = decltype(fmt);
-      if constexpr (Fmt::packed && Fmt::rotated) keys.load_codes<Fmt>(D, a.page_size, first);
+      if constexpr (Fmt::rotated) {
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile)
+          keys.template load_codes<Fmt>(tile, a.page_size, {first.page, first.token + tile * kColumns});
+      }
     });
     if (format != Format::bf16 && format != Format::f16) return;
-    const KeyPlace column = place(step * kColumns + g, at);
-    keys.load_row(D, a.side[at >> 28].token_stride, column);
-    f16_column = a.side[at >> 28].format == Format::f16;
-    f16_columns = a.some_f16 && __any_sync(kWholeWarp, f16_column);
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const KeyPlace column = place(of_round + tile * kColumns + g, at);
+      keys.load_row(tile, D, a.side[at >> 28].token_stride, column);
+      f16[tile] = a.side[at >> 28].format == Format::f16;
+    }
+    some_f16 = a.some_f16 && __any_sync(kWholeWarp, f16[0] || f16[1]);
   };
   if (steps > 0) load(0);
 
   const int tiles = (a.rows.rows + kTileRows - 1) / kTileRows;
-  for (int tile = 0; tile < tiles; ++tile) {
-    if (tile > 0) __syncthreads();
-    build_queries(a, plain, rotated, bias, b, h, tile * kTileRows);
+  for (int row_tile = 0; row_tile < tiles; ++row_tile) {
+    if (row_tile > 0) __syncthreads();
+    build_queries(a, plain, rotated, bias, b, h, row_tile * kTileRows);
     __syncthreads();
     for (int step = 0; step < steps; ++step) {
-      float x[4] = {};
+      float x[2][4] = {};
       switch_format(format, [&](auto fmt) {
         using Fmt = decltype(fmt);
-        if constexpr (Fmt::rotated) {
-          const int groups = key_groups(D);
+        constexpr int groups = Fmt::rotated ? Keys<MaxD>::kGroups : 1;
 #pragma unroll
-          for (int group = 0; group < 2; ++group) {
-            if (group == groups) break;
-            Sums sums;
-            keys.multiply_codes<Fmt>(rotated, D, group, sums);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] = fmaf(keys.scale(i % 2, group, groups), sums.value(i), x[i]);
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) x[i] += bias[g + i / 2 * 8];
-        } else {
-          Sums sums;
-          if constexpr (Fmt::packed)
-            multiply_kivi2(plain, D, a.page_size, first, sums);
-          else if (f16_columns)
-            keys.multiply_row<true>(plain, D, f16_column, sums);
+        for (int group = 0; group < groups; ++group) {
+          Sums sums[2];
+          if constexpr (Fmt::rotated)
+            keys.template multiply_codes<Fmt>(rotated, group, sums);
+          else if constexpr (Fmt::packed)
+            multiply_kivi2<MaxD>(plain, a.page_size, first, sums);
+          else if (some_f16)
+            keys.template multiply_rows<true>(plain, D, f16, sums);
           else
-            keys.multiply_row<false>(plain, D, false, sums);
+            keys.template multiply_rows<false>(plain, D, f16, sums);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x[i] = sums.value(i);
+          for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float scale = Fmt::rotated ? keys.scale(tile, i % 2, group) : 1.0f;
+              const float base = group > 0 ? x[tile][i] : Fmt::rotated ? bias[g + i / 2 * 8] : 0.0f;
+              x[tile][i] = fmaf(scale, sums[tile].value(i), base);
+            }
         }
       });
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] *= a.scale;
       const bool last = step + 1 == steps;
-      if (!last || tile + 1 < tiles) load(last ? 0 : step + 1);
-      a.sink.put(head, a.rows.rows, tile * kTileRows, own + step * kColumns, count, x, columns[warp], step);
+      if (!last || row_tile + 1 < tiles) load(last ? 0 : step + 1);
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[tile][i] *= a.scale;
+        a.sink.put(head, a.rows.rows, row_tile * kTileRows, own(step), step % 2 * kStepTokens + tile * kColumns, count,
+                   x[tile], columns[warp]);
+      }
+      if (step % 2 == 1 || last) a.sink.put_columns(head, row_tile * kTileRows, own(step), count, columns[warp]);
     }
-    a.sink.put_columns(head, tile * kTileRows, own, count, columns[warp]);
   }
 }
 
@@ -164,45 +183,44 @@ __global__ __launch_bounds__(kScoreThreads) void score_labels_kernel(__grid_cons
   KK_DYN_SMEM(float, queries);  // [channels][kTileRows]
   const int h = static_cast<int>(blockIdx.x % a.heads), r = static_cast<int>(a.layout.channels);
   const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
-  const uint32_t count = a.tokens.count(b), begin = blockIdx.x / a.heads % a.chunks * kBlockItems;
-  a.sink.fill_behind(head, begin, count);
+  const uint32_t count = a.tokens.count(b), block = a.rounds * kBlockItems;
+  const uint32_t begin = blockIdx.x / a.heads % a.chunks * block;
+  a.sink.fill_behind(head, begin, begin + block, count);
   if (begin >= count) return;
-
-  const uint32_t item = begin + threadIdx.x;
-  const bool active = item < count;
-  const Slot at = locate(active ? item : 0, a.page_size);
-  const int32_t entry = a.page_table[b * a.table_stride + at.page];
-  const uint8_t* record = a.records[entry >> 28] + (int64_t{entry & kPageMask} * a.heads + h) * a.record_bytes;
-  float scale = a.scale;
-  if (Bits != 16)
-    scale *= bf16_to_float(reinterpret_cast<const uint16_t*>(record + summary_codes_bytes(a.layout))[at.token]);
 
   for (int tile = 0; tile < a.rows.rows; tile += kTileRows) {
     if (tile > 0) __syncthreads();
     for (int i = threadIdx.x; i < r * kTileRows; i += kScoreThreads)
       queries[i] = a.rows.element(a, b, h, tile + i % kTileRows, a.channels[h * r + i / kTileRows]);
     __syncthreads();
-    if (!active) continue;
-    float all = keeps_max(a.reduce) ? -INFINITY : 0.0f;
-    for (int four = tile; four < min(tile + kTileRows, a.rows.rows); four += 4) {
-      float x[4] = {};
-#pragma unroll 4
-      for (int j = 0; j < r; ++j) {
-        const float k = label<Bits>(record, j * a.page_size + at.token);
-        const float4 q = reinterpret_cast<const float4*>(queries)[(j * kTileRows + four - tile) / 4];
-        x[0] = fmaf(k, q.x, x[0]), x[1] = fmaf(k, q.y, x[1]), x[2] = fmaf(k, q.z, x[2]), x[3] = fmaf(k, q.w, x[3]);
-      }
+    for (uint32_t item = begin + threadIdx.x; item < min(begin + block, count); item += kBlockItems) {
+      const Slot at = locate(item, a.page_size);
+      const int32_t entry = a.page_table[b * a.table_stride + at.page];
+      const uint8_t* record = a.records[entry >> 28] + (int64_t{entry & kPageMask} * a.heads + h) * a.record_bytes;
+      float scale = a.scale;
+      if (Bits != 16)
+        scale *= bf16_to_float(reinterpret_cast<const uint16_t*>(record + summary_codes_bytes(a.layout))[at.token]);
+      float all = keeps_max(a.reduce) ? -INFINITY : 0.0f;
+      for (int four = tile; four < min(tile + kTileRows, a.rows.rows); four += 4) {
+        float x[4] = {};
+#pragma unroll 8
+        for (int j = 0; j < r; ++j) {
+          const float k = label<Bits>(record, j * a.page_size + at.token);
+          const float4 q = reinterpret_cast<const float4*>(queries)[(j * kTileRows + four - tile) / 4];
+          x[0] = fmaf(k, q.x, x[0]), x[1] = fmaf(k, q.y, x[1]), x[2] = fmaf(k, q.z, x[2]), x[3] = fmaf(k, q.w, x[3]);
+        }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (four + i >= a.rows.rows) break;
-        if (a.sink.kept)
-          a.sink.kept[(head * a.rows.rows + four + i) * a.sink.items + item] = x[i] * scale;
-        else
-          all = a.sink.combine(x[i] * scale, all);
+        for (int i = 0; i < 4; ++i) {
+          if (four + i >= a.rows.rows) break;
+          if (a.sink.kept)
+            a.sink.kept[(head * a.rows.rows + four + i) * a.sink.items + item] = x[i] * scale;
+          else
+            all = a.sink.combine(x[i] * scale, all);
+        }
       }
+      float* out = a.sink.out + head * a.sink.items + item;
+      if (!a.sink.kept) *out = tile == 0 ? all : a.sink.combine(all, *out);
     }
-    float* out = a.sink.out + head * a.sink.items + item;
-    if (!a.sink.kept) *out = tile == 0 ? all : a.sink.combine(all, *out);
   }
 }
 
@@ -244,9 +262,13 @@ void score_keys(Args& a, unsigned blocks, const CudaExec& exec) {
     a.some_f16 |= a.side[i].format == Format::f16;
   }
   const int D = static_cast<int>(a.D);
-  const int64_t smem =
-      QueryTile::bytes(a.plain_digits, plain_steps(D)) + QueryTile::bytes(a.rotated_digits, rotated_steps(D));
-  launch(score_keys_kernel, dim3(blocks), dim3(kScoreThreads), static_cast<size_t>(smem), exec.stream, a);
+  const int64_t smem = QueryTile::bytes(a.plain_digits, plain_steps(D)) + QueryTile::bytes(a.rotated_digits, D / 16);
+  const auto run = [&](auto kernel) {
+    launch(kernel, dim3(blocks), dim3(kScoreThreads), static_cast<size_t>(smem), exec.stream, a);
+  };
+  if (D <= 64) return run(score_keys_kernel<64>);
+  if (D <= 128) return run(score_keys_kernel<128>);
+  run(score_keys_kernel<256>);
 }
 
 void score_labels(Args& a, unsigned blocks, const CudaExec& exec) {
@@ -276,7 +298,11 @@ void score_tokens(const ScoreTokensParams& p, const CudaExec& exec) {
     a.sink = {kept_tokens, nullptr, a.tokens.n, p.reduce};
   }
   a.heads = static_cast<uint32_t>(p.Hkv);
-  a.chunks = (a.tokens.n + kBlockItems - 1) / kBlockItems;
+  // Queries are built once for several rounds, where that leaves enough blocks.
+  const int64_t enough = int64_t{kBlocksPerSm} * device_attribute(cudaDevAttrMultiProcessorCount, exec.device);
+  const int64_t all_rounds = (a.tokens.n + kBlockItems - 1) / kBlockItems;
+  a.rounds = static_cast<uint32_t>(std::clamp<int64_t>(p.B * p.Hkv * all_rounds / enough, 1, kMaxRounds));
+  a.chunks = static_cast<uint32_t>((all_rounds + a.rounds - 1) / a.rounds);
   const unsigned blocks = blocks_of(op, p.B * p.Hkv * a.chunks);
   p.records[0] ? score_labels(a, blocks, exec) : score_keys(a, blocks, exec);
   if (p.best_of_page) {
