@@ -139,6 +139,12 @@ def methods(steps: list[Step]) -> list[Method]:
         sinks, recent = 4, budget // 4
         return (*do.sentence_kv(step.q, probe, kv, records, table, step.lens, budget, sinks, recent), 1)
 
+    def best_mass(step: Step, budget: int) -> tuple[Tensor, Tensor, int]:
+        kv, _, table = at(step, pages16)
+        scores = kk.score_tokens(step.q, kv, table, step.lens, reduce="softmax_sum")
+        chosen = kk.select_tokens(scores, step.lens, budget, sink_tokens=0, recent_tokens=0)
+        return kk.sparse_attention(step.q, kv, table, step.lens, tokens=chosen), chosen, 1
+
     def tidal(selecting: int | None) -> Callable[[Step, int], tuple[Tensor, Tensor, int]]:
         def run(step: Step, budget: int) -> tuple[Tensor, Tensor, int]:
             other = step if selecting is None else steps[selecting]
@@ -159,7 +165,8 @@ def methods(steps: list[Step]) -> list[Method]:
         Method("Double Sparsity, 1/8 of the channels", "#2b8a3e", labels(8)),
         Method("Double Sparsity, 1/16 of the channels", "#8ce99a", labels(16)),
         Method("TidalDecode, lists of layer 15 in 29", "#f08c00", tidal(1), (2,)),
-        Method("best tokens by q.k (its own layer)", "#1f2933", tidal(None)),
+        Method("best tokens by q.k (its own layer)", "#495057", tidal(None)),
+        Method("best tokens by softmax mass: the most there is", "#1f2933", best_mass),
     ]
 
 

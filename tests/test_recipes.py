@@ -218,14 +218,15 @@ def test_offloaded_step(do: SimpleNamespace, problem: Problem) -> None:
 
 
 def test_quality() -> None:
-    """On real keys: more is better, and nothing that chooses by content is worse than a window of the same size."""
+    """On real keys: more is better, and nothing covers more mass than the tokens that have it."""
     from bench.sparse_quality import measure
 
     found = {f.method.name: f for f in measure((64, 128))}
-    window = found.pop("StreamingLLM, 4 sinks")
-    oracle = found["best tokens by q.k (its own layer)"]
+    most = found["best tokens by softmax mass: the most there is"]
     for f in found.values():
         assert f.mass[1] > f.mass[0]
         assert f.error[1] < f.error[0]
-        assert all(a <= b + 1e-9 for a, b in zip(f.mass, oracle.mass, strict=True)) or len(f.method.layers) == 1
-    assert oracle.error[1] < window.error[1]
+        if len(f.method.layers) == len(most.method.layers):
+            assert all(a <= b + 1e-6 for a, b in zip(f.mass, most.mass, strict=True))
+    assert most.error[1] < found["StreamingLLM, 4 sinks"].error[1]
+    assert found["Quest, 8-bit bounds"].error[1] < 1.1 * found["Quest, pages of 16"].error[1]
