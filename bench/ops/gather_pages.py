@@ -13,7 +13,7 @@ from bench.race import Contestant, Race
 
 
 def races(threads: int, quick: bool) -> Iterator[Race]:
-    length, page = 1024 if quick else 131072, 16
+    length, page = 4096 if quick else 131072, 16
     n, listed = length // page, length // page // 16
     table = scattered([n])
     _, store = kk.offload(pool_of("bf16", n, page), 0, slots=2 * listed, batch=1, max_pages=n)
