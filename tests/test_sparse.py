@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, GPU, Q_DTYPE
+from backends import CPU, GPU, Q_DTYPE, not_emulated
 from conftest import rounding
 from torch import Tensor
 
@@ -201,6 +201,19 @@ def test_start_leaves_pages_before_it_alone() -> None:
     new = kk.page_summaries(kv, table, lens, start=torch.tensor([48, 33], dtype=torch.int32), out=old)
     touched = {int(p) for p in (new.records[0] != 7).any(2).any(1).nonzero()}
     assert touched == {int(table[0, i]) for i in range(3, 7)}
+
+
+@not_emulated  # which takes two blocks that write the same bytes for a race
+@pytest.mark.parametrize("kind", ["minmax", "mean", "channels"])
+def test_sequences_that_share_full_pages_have_one_record(kind: str) -> None:
+    kv, table, lens, _ = cache([100, 50], ("bf16", "u2"))
+    channels = torch.tensor([[1, 5], [0, 63]], dtype=torch.int32) if kind == "channels" else None
+    alone = kk.page_summaries(kv, table[:1], lens[:1], kind, channels=channels)
+    both = table[:1].repeat(3, 1)
+    lens = torch.tensor([100, 96, 64], dtype=torch.int32)
+    got = kk.page_summaries(kv, both, lens, kind, channels=channels)
+    for mine, truth in zip(got.records, alone.records):
+        assert torch.equal(mine, truth)
 
 
 # ---- finding a needle

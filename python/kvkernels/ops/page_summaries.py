@@ -32,7 +32,8 @@ def page_summaries(
     """Records that stand for the keys of pages (or of segments) when some of them are chosen.
 
     kv          pools of any formats, D 64 to 256. Rotated keys are summarised as they were before, transform undone
-    page_table  int32 [B, max_pages]; pages that several sequences share have one record
+    page_table  int32 [B, max_pages]. A page that several sequences share has one record, so all must have as many of
+                its tokens, as in full pages of a common prefix
     seq_lens    int32 [B], tokens
     kind        "minmax" (None): largest and smallest value of each channel, from which a page's score is an upper bound
                 of q.k over its tokens; "mean" of the keys: a landmark; "channels": some channels of every token, a
