@@ -311,24 +311,28 @@ __device__ __forceinline__ void encode(const PoolSide& s, float (&x)[8], bool ac
   });
 }
 
-// The way back. Rows that are not active are zero.
-template <int L>
-__device__ __forceinline__ void decode(const PoolSide& s, bool active, int64_t page, int64_t head, int64_t token,
-                                       float (&x)[8]) {
+// A token as the page stores it, rotated or not. Rows that are not active are zero.
+template <typename Fmt, int L>
+__device__ __forceinline__ void load_stored(const PoolSide& s, bool active, int64_t page, int64_t head, int64_t token,
+                                            float (&x)[8]) {
   uint8_t* side = s.page(page, head);
   const int lane = threadIdx.x % L;
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = 0.0f;
-  if (active && lane * kPerLane < s.head_dim)
-    switch_format(s.format, [&](auto fmt) {
-      using Fmt = decltype(fmt);
-      if constexpr (Fmt::rotated)
-        unpack(TokenPlace<Fmt, L>(side, token, s.page_size), x);
-      else if constexpr (Fmt::packed)
-        decode_kivi2<L>(s.side, side, token, s.page_size, x);
-      else
-        load8<kPlainType<Fmt>>(side + token * s.token_stride + lane * 16, true, x);
-    });
+  if (!active || lane * kPerLane >= s.head_dim) return;
+  if constexpr (Fmt::rotated)
+    unpack(TokenPlace<Fmt, L>(side, token, s.page_size), x);
+  else if constexpr (Fmt::packed)
+    decode_kivi2<L>(s.side, side, token, s.page_size, x);
+  else
+    load8<kPlainType<Fmt>>(side + token * s.token_stride + lane * 16, true, x);
+}
+
+// The way back.
+template <int L>
+__device__ __forceinline__ void decode(const PoolSide& s, bool active, int64_t page, int64_t head, int64_t token,
+                                       float (&x)[8]) {
+  switch_format(s.format, [&](auto fmt) { load_stored<decltype(fmt), L>(s, active, page, head, token, x); });
   if (s.rotated) unrotate<L>(s, head, x);
 }
 

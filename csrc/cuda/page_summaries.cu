@@ -39,7 +39,8 @@ __device__ __forceinline__ float largest(const float (&x)[8]) {
   return fold_lanes(most, L, max_or_nan);
 }
 
-// f(x) for the keys of the run, one token after the other; by a warp.
+// f(x) for the keys of the run, one token after the other; by a warp. Several are read at once: a sequence that grows has
+// one page to summarise, and waits for its loads.
 template <int L, typename F>
 __device__ __forceinline__ void each_key(const Args& a, int64_t b, int head, const Run& run, F&& f) {
   const bool active = head < a.heads;
@@ -48,11 +49,24 @@ __device__ __forceinline__ void each_key(const Args& a, int64_t b, int head, con
   for (int64_t left = run.end - run.begin; left > 0; ++at.page, at.token = 0) {
     const int32_t entry = table[at.page];
     const PoolSide& side = a.side[entry >> 28];
-    for (; at.token < a.page_size && left > 0; ++at.token, --left) {
-      float x[8];
-      decode<L>(side, active, entry & kPageMask, active ? head : 0, at.token, x);
-      f(x);
-    }
+    const int64_t end = min(a.page_size, at.token + left);
+    left -= end - at.token;
+    switch_format(side.format, [&](auto fmt) {
+      using Fmt = decltype(fmt);
+      constexpr int kBatch = Fmt::packed ? 2 : 4;
+      for (int64_t token = at.token; token < end; token += kBatch) {
+        float x[kBatch][8];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          load_stored<Fmt, L>(side, active && token + i < end, entry & kPageMask, active ? head : 0, token + i, x[i]);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (token + i >= end) break;
+          if constexpr (Fmt::rotated) unrotate<L>(side, active ? head : 0, x[i]);
+          f(x[i]);
+        }
+      }
+    });
   }
 }
 
