@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE = ["contract", "formats", "properties", "errors", "kv_cache", "calibrate", "cuda"]
+SUITE = ["contract", "formats", "properties", "errors", "kv_cache", "calibrate", "sparse", "cuda"]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 # A few cases of each op: formats of all kinds, two caches, several partial results of a sequence.
 SANITIZED = "test_matches_reference and (transform or strided or NHD or HND or split_tokens or merge_states or gap)"
