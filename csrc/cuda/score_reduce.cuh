@@ -40,11 +40,11 @@ struct ReduceLayout {
   int64_t rows, chunks;  // rows of all heads
   int64_t items_at, chunks_at, masses_at, bytes;
 
-  ReduceLayout(const ScoreCommon& p, int64_t tokens, bool keeps_items) {
+  ReduceLayout(const ScoreCommon& p, int64_t tokens) {
     rows = p.Hkv > 0 ? p.B * p.Tq * p.Hq : 0;
     chunks = (p.n + kChunk - 1) / kChunk;
     items_at = rows * tokens * 4;
-    chunks_at = items_at + (keeps_items ? rows * p.n * 4 : 0);
+    chunks_at = items_at + (is_softmax(p.reduce) ? rows * p.n * 4 : 0);
     masses_at = chunks_at + (is_softmax(p.reduce) ? rows * chunks * 8 : 0);
     bytes = masses_at + (is_softmax(p.reduce) ? rows * 8 : 0);
   }

@@ -30,7 +30,7 @@ struct Shared {
   Threshold threshold;
 };
 
-// The sum of x over the threads before this one. Neighbouring calls have different `sums`.
+// The sum of x over the threads before this one. Between two calls with the same `sums` the threads must meet.
 __device__ __forceinline__ int scan_block(int (&sums)[kWarps], int x) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int inclusive = x;
