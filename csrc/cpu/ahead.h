@@ -4,7 +4,7 @@
 //
 // Ranges of 1 to 4 KB, a head's K or V of a small page, are asked for four at a time, a line of each in turn: the processor's
 // prefetcher then runs ahead in all four, and lines come from L2 instead of holding one of the few misses that L1 can have
-// open. On Zen 5, bf16 pages of 16 tokens, that is worth a sixth of the time, and 40 % where the pages are scattered; with six
+// open. On Zen 5, bf16 pages of 16 tokens, that is worth a sixth of the time, a fifth where a selection scatters them; with six
 // or eight at a time it is less, and shorter or longer ranges lose by it.
 #pragma once
 #include "cpu/chunk.h"
