@@ -132,7 +132,7 @@ simt: env-test env-simt headers
 	  library=$(CURDIR)/build/simt/kvkernels_simt_$$1.so copies=$$2 && shift 2 && \
 	  KVKERNELS_LIBRARY=$$library KVKERNELS_SIMT=$$copies $(PY) -m pytest -q -n 2 -m 'not once' "$$@" $(ARGS); } && \
 	run check random -m once tests/simt && \
-	run fast late $(SIMT_TESTS) && run fast early $(SIMT_TESTS) && run check random $(SIMT_TESTS) tests/test_errors.py
+	run fast late $(SIMT_TESTS) && run fast early $(SIMT_TESTS) && run check random $(SIMT_TESTS) tests/test_sparse.py tests/test_errors.py
 
 BUDGET = bench/results/ptxas.md
 cuda: env-test nvcc

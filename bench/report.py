@@ -111,8 +111,9 @@ NOTES = {
     "read_kv": "Limit: the bytes of both sides at the copy rate plus the additions of the rotation.",
     "pack_pages": "Limit: as for write_kv, from 16-bit pages of 64 tokens, 8 heads, D 128.",
     "sparse_attention": "Hq 32, Hkv 8, D 128; 1/16 of the pages or tokens is read of each sequence and KV head, the "
-    "first and the last two pages (4 and 64 tokens) always. Times hold scores, selection and attention; `again`: the "
-    "lists of an earlier layer. labels: 8 of 128 channels. In torch: contiguous K and V, topk and gather.",
+    "first and the last two pages (4 and 64 tokens) always. Times are of one layer of several, 2 GB of keys and values "
+    "in all, which take turns, and hold scores, selection and attention; `again`: the lists of an earlier layer. "
+    "labels: 8 of 128 channels. In torch: contiguous K and V, topk and gather.",
     "score_pages": "Limit: the bytes of the summaries.",
     "page_summaries": "Limit: reading the keys and writing the records.",
     "gather_pages": "Limit: a copy of the pages that are not in the cache.",

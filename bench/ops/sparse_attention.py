@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from bench.race import Contestant, Race
 
 BUDGET = 16  # one page, or token, of so many is read
 LABELS = D // 16  # channels of a label cache
+ALL_LAYERS = 2e9  # bytes of the keys and values of layers that take turns; 1/16 of them is several times L3
 
 
 class Case(NamedTuple):
@@ -124,29 +126,53 @@ def problem(case: Case, device: torch.device) -> Problem:
     q = torch.randn(case.batch, HQ, D, dtype=torch.bfloat16, device=device)
     kv, table = pool_of(case.format, case.batch * case.pages, case.page), scattered([case.pages] * case.batch)
     kv, table = kv._replace(pools=tuple(data(kv, i).to(device) for i in range(len(kv.pools)))), table.to(device)
-    lens = torch.full((case.batch,), case.length, dtype=torch.int32, device=device)
-    channels = torch.arange(0, D, D // LABELS, dtype=torch.int32, device=device).expand(HKV, -1).contiguous()
+    return with_records(case, q, kv, table)
+
+
+def with_records(case: Case, q: Tensor, kv: kk.PagedKV, table: Tensor) -> Problem:
+    lens = torch.full((case.batch,), case.length, dtype=torch.int32, device=q.device)
+    channels = torch.arange(0, D, D // LABELS, dtype=torch.int32, device=q.device).expand(HKV, -1).contiguous()
     bounds, bounds8 = (kk.page_summaries(kv, table, lens, bits=bits) for bits in (16, 8))
     labels = kk.page_summaries(kv, table, lens, "channels", channels=channels)
     return Problem(case, q, kv, table, lens, bounds, bounds8, labels)
 
 
+def layers_of(first: Problem, size: float) -> list[Problem]:
+    """Layers with equal numbers in memory of their own: caches are as cold as in a model, the code is as warm."""
+    layers = [first]
+    while len(layers) * first.dense_bytes < size:
+        copy = kk.PagedKV.empty(first.case.format, len(data(first.kv, 0)), HKV, D, first.case.page)
+        data(copy, 0).copy_(data(first.kv, 0))
+        layers.append(with_records(first.case, first.q, copy, first.table))
+    return layers
+
+
+def in_turn(runs: list[Callable[[], object]]) -> Callable[[], object]:
+    """One layer after the other, a call each."""
+    turn = cycle(runs)
+    return lambda: next(turn)()
+
+
 def races(threads: int, quick: bool) -> Iterator[Race]:
     for case in QUICK if quick else CASES:
-        step = problem(case, torch.device("cpu"))
+        layers = layers_of(problem(case, torch.device("cpu")), 0 if quick else ALL_LAYERS)
         flops = 4.0 * case.batch * case.length * HQ * D
         rate = "bf16" if case.format == "bf16" else "int8"
-        contestants = []
-        for name, (run, moved) in step.ways().items():
-            contestants.append(Contestant(name, run, moved, flops / (1 if name == "dense" else BUDGET), rate=rate))
         against = ["dense"]
+        ways = [layer.ways() for layer in layers]
         if case.format == "bf16":
-            k, v = (torch.randn(case.batch, HKV, case.length, D, dtype=torch.bfloat16) for _ in "kv")
-            chunks = k.unflatten(2, (case.pages, case.page))
-            both = torch.cat([chunks.amax(3), chunks.amin(3)], -1)
-            run = partial(in_torch, step.q, k, v, both, case.page, case.pages // BUDGET)
-            moved = step.dense_bytes / BUDGET + both.nbytes
             against.append("min/max in torch")
-            contestants.append(Contestant(against[1], run, moved, flops / BUDGET, rate=rate, peer=True))
-        contestants += [Contestant(name, run, moved, 0.0) for name, (run, moved) in step.parts().items()]
-        yield Race("sparse_attention", case.label, threads, contestants, against)
+            for way in ways:
+                k, v = (torch.randn(case.batch, HKV, case.length, D, dtype=torch.bfloat16) for _ in "kv")
+                chunks = k.unflatten(2, (case.pages, case.page))
+                both = torch.cat([chunks.amax(3), chunks.amin(3)], -1)
+                torch_step = partial(in_torch, layers[0].q, k, v, both, case.page, case.pages // BUDGET)
+                way[against[1]] = (torch_step, layers[0].dense_bytes / BUDGET + both.nbytes)
+        contestants = []
+        for name, (_, moved) in ways[0].items():
+            run, share = in_turn([way[name][0] for way in ways]), 1 if name == "dense" else BUDGET
+            contestants.append(Contestant(name, run, moved, flops / share, rate=rate, peer=name.endswith("torch")))
+        parts = [layer.parts() for layer in layers]
+        for name, (_, moved) in parts[0].items():
+            contestants.append(Contestant(name, in_turn([part[name][0] for part in parts]), moved, 0.0))
+        yield Race("sparse_attention", case.label, threads, contestants, against, cold=False, inner=len(layers))

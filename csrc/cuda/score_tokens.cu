@@ -17,11 +17,14 @@ struct Args : ScoreTokensParams {
   ScoreRows rows;
   ScoreSink sink;
   Items tokens;
-  uint32_t heads, chunks, rounds;  // a block takes 128 tokens `rounds` times
-  PoolSide side[kMaxPools];
-  int plain_digits, rotated_digits;  // 0: no pool needs such queries
-  bool some_f16, transform_vector;
-  int64_t record_bytes;
+  uint32_t heads = 0, chunks = 0, rounds = 0;  // a block takes 128 tokens `rounds` times
+  PoolSide side[kMaxPools] = {};
+  int plain_digits = 0, rotated_digits = 0;  // 0: no pool needs such queries
+  bool some_f16 = false, transform_vector = false;
+  int64_t record_bytes = 0;  // of a label cache
+
+  Args(const ScoreTokensParams& p, const ScoreSink& s, const Items& i)
+      : ScoreTokensParams(p), rows(p), sink(s), tokens(i) {}
 };
 
 // q of a tile, and q' = H (q / t) with q.mu, so that q.k = q'.k' + q.mu.
@@ -292,7 +295,7 @@ void score_tokens(const ScoreTokensParams& p, const CudaExec& exec) {
   const Items items = items_of(op, p, p.n, p.best_of_page ? p.page_size : 1);
   const ScoreSink sink{kept_items, p.out, items.n, p.reduce};
 
-  Args a{p, ScoreRows(p), sink, items};
+  Args a(p, sink, items);
   if (p.best_of_page) {
     a.tokens = items_of(op, p, p.n * p.page_size, 1);
     a.sink = {kept_tokens, nullptr, a.tokens.n, p.reduce};
