@@ -173,7 +173,7 @@ int64_t select_pages_workspace_cpu(const SelectPagesParams& p, const CpuExec& ex
 
 void select_pages_cpu(const SelectPagesParams& p, const CpuExec& exec) {
   if (p.k == 0) return;
-  const int64_t scores_per_thread = 1 << 15;  // about 10 us
+  const int64_t scores_per_thread = 1 << 13;  // about 20 us
   int64_t threads = 0;
   split(exec, p.B * p.H, scores_per_thread / (p.n + 1) + 1, [&](int64_t begin, int64_t end) {
     const int64_t thread = __atomic_fetch_add(&threads, 1, __ATOMIC_RELAXED);

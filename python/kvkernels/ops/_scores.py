@@ -18,6 +18,8 @@ REDUCES = ("max", "sum", "softmax_max", "softmax_sum")  # Reduce
 def prepare(op: str, q: Tensor, reduce: str, scale: float | None, heads: int, n: int, out: Tensor | None,
             ) -> tuple[float, int, Tensor]:  # fmt: skip
     """Scale and number of the reduction as the ops take them, and where to write n scores of each sequence and head."""
+    if not isinstance(q, Tensor):
+        _args.no_tensor(op, "q", q)
     if reduce not in REDUCES:
         raise ValueError(f"{op}: reduce must be one of {', '.join(REDUCES)}; got {reduce!r}")
     if torch.is_grad_enabled():

@@ -36,6 +36,8 @@ def gather_pages(offloaded: Offloaded, page_table: Tensor, pages: Tensor) -> Ten
 
     Source: Sun et al. 2024, arXiv:2410.21465 (ShadowKV: values in main memory, landmarks on the device).
     """
+    if not isinstance(offloaded, Offloaded):
+        _args.no_tensor("gather_pages", "offloaded", offloaded, "what offload returned")
     host, cache, slot_of, page_of, hand, pool = offloaded
     on_gpu = cache.is_cuda and not host.is_cuda
     if on_gpu and not torch.compiler.is_compiling() and not host.is_pinned():

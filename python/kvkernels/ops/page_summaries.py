@@ -57,6 +57,8 @@ def page_summaries(
     channels, Yang et al. 2024, arXiv:2408.07092 (Double Sparsity); segments, Zhu et al. 2025, arXiv:2504.00970
     (SentenceKV).
     """
+    if not isinstance(kv, PagedKV):
+        _args.no_tensor("page_summaries", "kv", kv, "a PagedKV")
     if out is not None:
         for name, given, has in (("kind", kind, out.kind), ("bits", bits, out.bits)):
             if given is not None and given != has:

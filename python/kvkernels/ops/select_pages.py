@@ -44,6 +44,8 @@ def select_pages(
     Source: Tang et al. 2024, arXiv:2406.10774 (Quest); sinks and recent tokens, Xiao et al. 2023, arXiv:2309.17453
     (StreamingLLM).
     """
+    if not isinstance(scores, Tensor):
+        _args.no_tensor("select_pages", "scores", scores)
     if torch.is_grad_enabled():
         _args.refuse_grad("select_pages", scores=scores)
     if out is None:

@@ -38,6 +38,8 @@ def select_tokens(
     Source: Yang et al. 2024, arXiv:2410.05076 (TidalDecode), arXiv:2408.07092 (Double Sparsity); sinks and recent
     tokens, Xiao et al. 2023, arXiv:2309.17453 (StreamingLLM).
     """
+    if not isinstance(scores, Tensor):
+        _args.no_tensor("select_tokens", "scores", scores)
     if torch.is_grad_enabled():
         _args.refuse_grad("select_tokens", scores=scores)
     if out is None:
