@@ -768,17 +768,19 @@ struct Task {
   static void run(Task* task, int heads, int64_t from, int64_t to) {
     Chunk chunk[2];
     int64_t pos = from;
-    bool more = task->next_chunk(chunk[0], pos, to);
+    bool more = task->next_chunk(chunk[0], pos, to), all_ahead = false;  // of chunk i: asked for with the one before
     for (int64_t i = 0; more; ++i) {
       Chunk& c = chunk[i & 1];
       Chunk& next = chunk[(i + 1) & 1];
       more = task->next_chunk(next, pos, to);
+      const bool whole = more && to - from >= kWholeTokens && task->side_by_side(*next.pool, heads);
       for (int j = 0; j < heads; ++j) {
         Task& t = task[j];
         t.ahead.clear();
-        if (j + 1 < heads)
-          t.list_lines(c, task[j + 1].k_head - t.k_head, task[j + 1].v_head - t.v_head);
-        else if (more)
+        if (j + 1 < heads && !all_ahead) t.list_lines(c, task[j + 1].k_head - t.k_head, task[j + 1].v_head - t.v_head);
+        if (whole)
+          t.list_share(next, j);
+        else if (more && j + 1 == heads)
           t.list_lines(next, 0, 0);
         t.scores(c);
         t.softmax(c);
@@ -790,8 +792,30 @@ struct Task {
             c.piece[k].v += (task[j + 1].v_head - t.v_head) * c.pool->v_head;
           }
       }
+      all_ahead = whole;
     }
     for (int j = 0; j < heads; ++j) task[j].finish();
+  }
+
+  // The rows of all heads of a token lie side by side, as in caches [num_pages, page_size, Hkv, D], and the task has all
+  // heads. Pages are then asked for in the order of memory, a chunk ahead of the first head: on one core of a Zen 5, pages
+  // of 16, that is worth a tenth of the time with 8 KV heads and a quarter with 32. Not in a task of few tokens, whose
+  // first chunk nobody asked for, and not with smaller pages, which are no long runs.
+  static constexpr int64_t kWholeTokens = 8 * kRowChunk, kWholePage = 8;
+  bool side_by_side(const Pool& pool, int heads) const {
+    constexpr int64_t row = D * 2;
+    return D == DV && heads > 1 && heads == p.Hkv && p.page_size >= kWholePage && p.k_share == 1 && p.v_share == 1 &&
+           !packed(pool) && pool.k_head == row && pool.v_head == row && pool.k_token == heads * row &&
+           pool.v_token == heads * row;
+  }
+  // Part j of as many as there are heads, of the rows of all heads.
+  [[gnu::noinline]] void list_share(const Chunk& c, int j) {
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      const int64_t bytes = pc.n * D * 2;
+      ahead.add(pc.k + pc.token * c.pool->k_token + j * bytes, bytes);
+      ahead.add(pc.v + pc.token * c.pool->v_token + j * bytes, bytes);
+    }
   }
 
   // V of multi-head latent attention is a part of K's row.
