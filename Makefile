@@ -114,13 +114,12 @@ asan: env-test build
 	@lib() { realpath "$$($(CXX) -print-file-name=$$1)"; } && isas=$$($(ISAS)) && \
 	echo "== C++ tests: $$isas" && \
 	$(CTEST) build/asan -R "_($$(echo $$isas | tr ' ' '|'))$$" && \
-	files=tests && only="" && for isa in $$isas; do \
+	files=tests && for isa in $$isas; do \
 	  echo "== pytest $$files, sanitized, KVKERNELS_ISA=$$isa" && \
 	  LD_PRELOAD="$$(lib libasan.so) $$(lib libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  KVKERNELS_ISA=$$isa KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so PYTEST_ADDOPTS="$$only" $(PY) -m pytest -q -n 2 -m 'not once' $$files $(ARGS) || exit 1; \
+	  KVKERNELS_ISA=$$isa KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so $(PY) -m pytest -q -n 2 -m 'not once' $$files $(ARGS) || exit 1; \
 	  files=tests/test_contract.py; \
-	  only="-k 'not opcheck and not compile'"; \
 	done
 
 # The CUDA kernels in the emulator, each test with its own random order of threads. late and early: when an asynchronous
