@@ -1,0 +1,55 @@
+// Rows of the delta rule's inputs, number by number, and which tokens a sequence has.
+#pragma once
+#include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
+#include "kvkernels/core/half.h"
+#include "kvkernels/delta.h"
+
+namespace kk::cuda {
+
+__device__ __forceinline__ float read_number(DType type, const void* p, int64_t i) {
+  if (type == DType::f32) return static_cast<const float*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  return type == DType::bf16 ? bf16_to_float(h) : __half2float(__ushort_as_half(h));
+}
+__device__ __forceinline__ void write_number(DType type, void* p, int64_t i, float x) {
+  if (type == DType::f32) {
+    static_cast<float*>(p)[i] = x;
+  } else {
+    static_cast<uint16_t*>(p)[i] = type == DType::bf16 ? float_to_bf16(x) : __half_as_ushort(__float2half_rn(x));
+  }
+}
+
+struct DeltaRow {
+  const void* p;
+  DType type;
+  __device__ __forceinline__ float operator[](int64_t i) const { return read_number(type, p, i); }
+};
+// Not to be asked of rows that were not given.
+__device__ __forceinline__ DeltaRow row_of(const DeltaRows& r, int64_t b, int64_t t, int64_t head) {
+  const int64_t at = b * r.batch + t * r.token + head * r.head;
+  return {static_cast<const uint8_t*>(r.p) + at * (r.dtype == DType::f32 ? 4 : 2), r.dtype};
+}
+
+// Tokens [begin, end) of batch row b.
+struct DeltaSequence {
+  int64_t b, begin, end;
+};
+__device__ __forceinline__ DeltaSequence sequence_of(const DeltaInputs& p, int64_t n) {
+  if (p.cu_seqlens) return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1]};
+  return {n, 0, p.T};
+}
+
+// 1 / norm of a row, from the sum of its squares.
+__device__ __forceinline__ float l2norm_factor(float sum) { return 1.0f / sqrtf(sum + kL2NormEps); }
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// beta as the formulas have it, from beta as it was given and the sum of the squares of k after its norm.
+__device__ __forceinline__ float beta_value(BetaRule rule, float given, float k_squares) {
+  if (rule == BetaRule::raw) return given;
+  if (rule == BetaRule::kaczmarz) return given / (k_squares + kKaczmarzEps);
+  return (rule == BetaRule::sigmoid2 ? 2.0f : 1.0f) * sigmoid(given);
+}
+
+}  // namespace kk::cuda
