@@ -1,0 +1,185 @@
+// One token after the other on a state: decode, and mode="recurrent". A block of columns of S is read once for both sums,
+// x = (alpha o e)^T S and y = scale (alpha o q)^T S, and then changed, S <- alpha S + k d^T with d = w - x. The new state is
+// not read again: o = y + scale (q . k) d.
+#pragma once
+#include "cpu/delta_rows.h"
+#include "kvkernels/core/one_of.h"
+#include "kvkernels/ops/delta_rule_step.h"
+
+KK_BEGIN
+
+// log(1 + u) for u in [0, 1], 2 ulp: 2 atanh(s) with s = u / (2 + u) <= 1/3, so that eight terms are enough.
+inline F log1p_unit(F u) {
+  const F s = u / (F::fill(2.0f) + u), z = s * s;
+  F p = F::fill(1.0f / 15.0f);
+  for (const float n : {13.0f, 11.0f, 9.0f, 7.0f, 5.0f, 3.0f}) p = fma(p, z, F::fill(1.0f / n));
+  const F twice = s + s;
+  return fma(twice * z, p, twice);
+}
+
+// Gates of DeltaGate from x = g + dt_bias; rate = exp(A_log).
+inline F gate_value(F x, float rate, float lower_bound) {
+  if (lower_bound == 0.0f) {  // log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|))
+    const F softplus = max(x, F::zero()) + log1p_unit(exp_neg(F::zero() - abs(x)));
+    return F::fill(-rate) * softplus;
+  }
+  // 1 / (1 + exp(-y)), or exp(y) / (1 + exp(y)) where y < 0
+  const F y = x * F::fill(rate), z = exp_neg(F::zero() - abs(y)), one = F::fill(1.0f);
+  return F::fill(lower_bound) * ((z + where_positive(y, one - z)) / (one + z));
+}
+
+// What a token does to some columns of a value head's state. Rows are padded to whole vectors.
+struct DeltaToken {
+  static constexpr int64_t kPad = kMaxDeltaDim + 16;
+  alignas(64) float k[kPad], alpha[kPad];
+  alignas(64) float forget_e[kPad], forget_q[kPad];  // alpha o e, scale * alpha o q
+  alignas(64) float w[kPad];                         // of the columns
+  float qk;                                          // scale * sum q k
+};
+
+// `gate` may be null: g is the gate.
+inline void load_token(const DeltaInputs& p, const DeltaGate* gate, int64_t b, int64_t t, int64_t head, int64_t from,
+                       int64_t to, DeltaToken& x) {
+  const int64_t key_head = head / (p.HV / p.H), K = p.K;
+  load_row(p.k, b, t, key_head, K, x.k);
+  if (p.l2norm) l2norm(x.k, K);
+  const float given = p.beta.p ? load_scalar(p.beta, b, t, head) : 1.0f;
+  const float kk = p.rule == BetaRule::kaczmarz ? dot(x.k, x.k, K) : 0.0f;
+  const F beta = F::fill(beta_value(p.rule, given, kk));
+
+  float* g = x.alpha;
+  if (p.vector_gate) {
+    load_row(p.g, b, t, head, K, g);
+  } else {
+    F::fill(p.g.p ? load_scalar(p.g, b, t, head) : 0.0f).store(g);
+  }
+  const bool raw = gate && gate->A_log;
+  const float rate = raw ? ::expf(gate->A_log[head]) : 0.0f;
+  alignas(64) float bias[DeltaToken::kPad];
+  if (raw && gate->dt_bias) {
+    if (p.vector_gate)
+      load_row<DType::f32>(reinterpret_cast<const uint8_t*>(gate->dt_bias + head * K), K, bias);
+    else
+      F::fill(gate->dt_bias[head]).store(bias);
+  }
+  const auto alpha = [&](int64_t i) {
+    F y = F::load(g + i);
+    if (raw) y = gate_value(gate->dt_bias ? y + F::load(bias + i) : y, rate, gate->lower_bound);
+    return exp_gate(y);
+  };
+  if (p.vector_gate) {
+    for (int64_t i = 0; i < K; i += F::W) alpha(i).store(x.alpha + i);
+  } else {
+    const F a = p.g.p ? alpha(0) : F::fill(1.0f);
+    for (int64_t i = 0; i < K; i += F::W) a.store(x.alpha + i);
+  }
+
+  if (p.erase.p)
+    load_row(p.erase, b, t, head, K, x.forget_e);
+  else
+    for (int64_t i = 0; i < K; i += F::W) F::fill(1.0f).store(x.forget_e + i);
+  for (int64_t i = 0; i < K; i += F::W) {
+    const F e = beta * F::load(x.forget_e + i) * F::load(x.k + i);
+    (e * F::load(x.alpha + i)).store(x.forget_e + i);
+  }
+
+  x.qk = 0.0f;
+  if (p.q.p) {
+    load_row(p.q, b, t, key_head, K, x.forget_q);
+    if (p.l2norm) l2norm(x.forget_q, K);
+    scale_row(x.forget_q, p.scale, K);
+    x.qk = dot(x.forget_q, x.k, K);
+  }
+  for (int64_t i = 0; i < K; i += F::W)
+    (p.q.p ? F::load(x.forget_q + i) * F::load(x.alpha + i) : F::zero()).store(x.forget_q + i);
+
+  load_columns(p.v, b, t, head, from, to, x.w);
+  if (p.write.p) {
+    alignas(64) float write[DeltaToken::kPad];
+    load_columns(p.write, b, t, head, from, to, write);
+    for (int64_t i = 0; i < to - from; i += F::W) (F::load(x.w + i) * F::load(write + i)).store(x.w + i);
+  }
+  for (int64_t i = 0; i < to - from; i += F::W) (F::load(x.w + i) * beta).store(x.w + i);
+}
+
+// N vectors of columns; the last has only `last` columns, if that is not F::W. S is read at src and written at dst (null:
+// nowhere), which may be the same. w becomes o.
+template <DType S, int N, bool PART>
+inline void token_block(const DeltaToken& x, int64_t K, const uint8_t* src, int64_t src_row, uint8_t* dst,
+                        int64_t dst_row, int64_t last, float* w) {
+  constexpr int64_t step = F::W * kElementBytes<S>;
+  const auto read = [&](const uint8_t* row, int j) __attribute__((always_inline)) {
+    return PART && j == N - 1 ? load_part<S>(row + j * step, last) : load<S>(row + j * step);
+  };
+  F d[N], o[N];
+  each<N>([&](auto i) {
+    const int j = static_cast<int>(i);
+    d[j] = F::zero(), o[j] = F::zero();
+  });
+  for (int64_t c = 0; c < K; ++c) {
+    const F e = F::fill(x.forget_e[c]), q = F::fill(x.forget_q[c]);
+    each<N>([&](auto i) {
+      const int j = static_cast<int>(i);
+      const F s = read(src + c * src_row, j);
+      d[j] = fma(e, s, d[j]);
+      o[j] = fma(q, s, o[j]);
+    });
+  }
+  const F qk = F::fill(x.qk);
+  each<N>([&](auto i) {
+    const int j = static_cast<int>(i);
+    d[j] = F::load(w + j * F::W) - d[j];
+    fma(qk, d[j], o[j]).store(w + j * F::W);
+  });
+  if (!dst) return;
+  for (int64_t c = 0; c < K; ++c) {
+    const F alpha = F::fill(x.alpha[c]), k = F::fill(x.k[c]);
+    each<N>([&](auto i) {
+      const int j = static_cast<int>(i);
+      const F s = fma(k, d[j], alpha * read(src + c * src_row, j));
+      uint8_t* to = dst + c * dst_row + j * step;
+      if (PART && j == N - 1)
+        store_part<S>(s, to, last);
+      else
+        store<S>(s, to);
+    });
+  }
+}
+
+// `n` columns.
+template <DType S>
+inline void token_columns(const DeltaToken& x, int64_t K, const uint8_t* src, int64_t src_row, uint8_t* dst,
+                          int64_t dst_row, int64_t n, float* w) {
+  int64_t i = 0;
+  const auto blocks = [&](auto N, auto part) {
+    constexpr int kN = N.value;
+    const int64_t columns = part.value ? n - i : kN * F::W;
+    token_block<S, kN, part.value>(x, K, src + i * kElementBytes<S>, src_row,
+                                   dst ? dst + i * kElementBytes<S> : nullptr, dst_row, columns - (kN - 1) * F::W,
+                                   w + i);
+    i += columns;
+  };
+  constexpr int kMost = F::W == 16 ? 8 : 4;  // two sums of each vector stay in registers
+  const auto whole = [&](auto N) {
+    while (n - i >= N.value * F::W) blocks(N, Int<0>{});
+  };
+  whole(Int<kMost>{});
+  whole(Int<kMost / 2>{});
+  whole(Int<1>{});
+  if (i < n) blocks(Int<1>{}, Int<1>{});
+}
+
+// Tokens [begin, end) of batch row b on columns [from, to) of the fp32 state of one value head, S [K, lds] from column
+// `from` on. o as in DeltaRuleParams, or null.
+inline void delta_tokens(const DeltaInputs& p, int64_t b, int64_t begin, int64_t end, int64_t head, int64_t from,
+                         int64_t to, float* S, int64_t lds, void* o) {
+  DeltaToken x;
+  uint8_t* state = reinterpret_cast<uint8_t*>(S);
+  for (int64_t t = begin; t < end; ++t) {
+    load_token(p, nullptr, b, t, head, from, to, x);
+    token_columns<DType::f32>(x, p.K, state, lds * 4, state, lds * 4, to - from, x.w);
+    if (o) store_row(p.q.dtype, x.w, to - from, o, ((b * p.T + t) * p.HV + head) * p.V + from);
+  }
+}
+
+KK_END
