@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kPanel = 64;  // columns that stay in L1 from token to token: 32 KB at K = 128
 constexpr int64_t kLine = 16;   // columns in a cache line of fp32: threads share none
 
-template <DType S>
+template <DType S, bool CONVERT>
 void step_columns(const DeltaRuleStepParams& p, int64_t b, int64_t head, int64_t from, int64_t to) {
   const DeltaInputs& in = p.in;
   constexpr int64_t element = kElementBytes<S>;
@@ -36,7 +36,7 @@ void step_columns(const DeltaRuleStepParams& p, int64_t b, int64_t head, int64_t
     const bool last = t + 1 == in.T || (p.parents && p.parents[b * in.T + t + 1] != t);
     uint8_t* next = to_slot >= 0 ? slot(to_slot) : last ? nullptr : scratch;
     load_token(in, &p.gate, b, t, head, from, to, x);
-    token_columns<S>(x, in.K, state, in_slot(state), next, in_slot(next), to - from, x.w);
+    token_columns<S, CONVERT>(x, in.K, state, in_slot(state), next, in_slot(next), to - from, x.w);
     store_row(in.q.dtype, x.w, to - from, p.o, ((b * in.T + t) * in.HV + head) * in.V + from);
     if (next) state = next;
   }
@@ -51,14 +51,14 @@ void delta_rule_step_cpu(const DeltaRuleStepParams& p, const CpuExec& exec) {
   while (panel > kLine && heads * ((in.V + panel - 1) / panel) < 4 * exec.threads && exec.threads > 1)
     panel = round_up(panel / 2, kLine);
   const int64_t panels = (in.V + panel - 1) / panel;
-  const auto run = [&](auto type) {
+  const auto run = [&](auto type, auto convert) {
     split(exec, heads * panels, 1, [&](int64_t begin, int64_t end) {
       const FlushDenormals flush;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / panels / in.HV, head = i / panels % in.HV, from = i % panels * panel;
         const int64_t to = from + panel < in.V ? from + panel : in.V;
         if (p.slots[b] >= 0) {
-          step_columns<type.value>(p, b, head, from, to);
+          step_columns<type.value, convert.value>(p, b, head, from, to);
           continue;
         }
         const int64_t size = in.q.dtype == DType::f32 ? 4 : 2;
@@ -68,8 +68,13 @@ void delta_rule_step_cpu(const DeltaRuleStepParams& p, const CpuExec& exec) {
       }
     });
   };
-  if (p.state_dtype == DType::f32) return run(DTypeTag<DType::f32>{});
-  if (p.state_dtype == DType::bf16) return run(DTypeTag<DType::bf16>{});
+  if (p.state_dtype == DType::f32) return run(DTypeTag<DType::f32>{}, Int<0>{});
+  if (p.state_dtype == DType::bf16) {
+#if defined(__AVX512F__)
+    if (cpu::has_avx512bf16()) return run(DTypeTag<DType::bf16>{}, Int<1>{});
+#endif
+    return run(DTypeTag<DType::bf16>{}, Int<0>{});
+  }
   fail("delta_rule_step: dtype of state must be one of float32, bfloat16");
 }
 

@@ -102,9 +102,23 @@ inline void load_token(const DeltaInputs& p, const DeltaGate* gate, int64_t b, i
   for (int64_t i = 0; i < to - from; i += F::W) (F::load(x.w + i) * beta).store(x.w + i);
 }
 
+// A vector of a bf16 state is rounded by the instruction made for it where there is one: twelve others do the same. (NaN
+// keeps its payload; denormals are zeros already.)
+template <DType S, bool CONVERT>
+KK_INLINE void store_state(F x, uint8_t* p) {
+#if defined(__AVX512F__)
+  if constexpr (CONVERT) {
+    __m256i y;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x.v));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), y);
+  }
+#endif
+  store<S>(x, p);
+}
+
 // N vectors of columns; the last has only `last` columns, if that is not F::W. S is read at src and written at dst (null:
 // nowhere), which may be the same. w becomes o.
-template <DType S, int N, bool PART>
+template <DType S, bool CONVERT, int N, bool PART>
 inline void token_block(const DeltaToken& x, int64_t K, const uint8_t* src, int64_t src_row, uint8_t* dst,
                         int64_t dst_row, int64_t last, float* w) {
   constexpr int64_t step = F::W * kElementBytes<S>;
@@ -141,22 +155,22 @@ inline void token_block(const DeltaToken& x, int64_t K, const uint8_t* src, int6
       if (PART && j == N - 1)
         store_part<S>(s, to, last);
       else
-        store<S>(s, to);
+        store_state<S, CONVERT>(s, to);
     });
   }
 }
 
 // `n` columns.
-template <DType S>
+template <DType S, bool CONVERT>
 inline void token_columns(const DeltaToken& x, int64_t K, const uint8_t* src, int64_t src_row, uint8_t* dst,
                           int64_t dst_row, int64_t n, float* w) {
   int64_t i = 0;
   const auto blocks = [&](auto N, auto part) {
     constexpr int kN = N.value;
     const int64_t columns = part.value ? n - i : kN * F::W;
-    token_block<S, kN, part.value>(x, K, src + i * kElementBytes<S>, src_row,
-                                   dst ? dst + i * kElementBytes<S> : nullptr, dst_row, columns - (kN - 1) * F::W,
-                                   w + i);
+    token_block<S, CONVERT, kN, part.value>(x, K, src + i * kElementBytes<S>, src_row,
+                                            dst ? dst + i * kElementBytes<S> : nullptr, dst_row,
+                                            columns - (kN - 1) * F::W, w + i);
     i += columns;
   };
   constexpr int kMost = F::W == 16 ? 8 : 4;  // two sums of each vector stay in registers
@@ -177,7 +191,7 @@ inline void delta_tokens(const DeltaInputs& p, int64_t b, int64_t begin, int64_t
   uint8_t* state = reinterpret_cast<uint8_t*>(S);
   for (int64_t t = begin; t < end; ++t) {
     load_token(p, nullptr, b, t, head, from, to, x);
-    token_columns<DType::f32>(x, p.K, state, lds * 4, state, lds * 4, to - from, x.w);
+    token_columns<DType::f32, false>(x, p.K, state, lds * 4, state, lds * 4, to - from, x.w);
     if (o) store_row(p.q.dtype, x.w, to - from, o, ((b * p.T + t) * p.HV + head) * p.V + from);
   }
 }
