@@ -2,7 +2,11 @@
 //   8x8 matrix of 16-bit elements   lane 4r + c holds elements (r, 2c) and (r, 2c + 1), the first in the low half
 //   A [16][16]                      4 such matrices: a[0] rows 0-7, a[1] rows 8-15, a[2] and a[3] the same of columns 8-15
 //   B [16][8]                       2 such matrices, transposed: b[0] k 0-7, b[1] k 8-15
+//   tf32                            lane 4r + c holds element (r, c) of an 8x4 part of A [16][8]: a[0] rows 0-7, a[1] rows
+//                                   8-15, a[2] and a[3] the same of columns 4-7; (c, r) of a 4x8 part of B [8][8]
 //   C, D [16][8] fp32               lane 4r + c: [0], [1] are (r, 2c), (r, 2c + 1); [2], [3] the same of row r + 8
+#include <cmath>
+
 #include "runtime.h"
 
 namespace simt {
@@ -104,6 +108,40 @@ void run_mma(Block&, int, Meeting& m) {
 }
 constexpr Collective kMmaF16{"mma.sync f16", true, run_mma<F16>}, kMmaBf16{"mma.sync bf16", true, run_mma<Bf16>};
 
+struct MmaTf32Argument {
+  float* d;
+  const float *a, *b, *c;
+};
+// The low 13 bits of an operand are ignored: what was not rounded to tf32 is truncated.
+float tf32_operand(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  return std::isnan(x) ? x : bits<float>(u & ~0x1fffu);
+}
+void run_mma_tf32(Block&, int, Meeting& m) {
+  float a[16][8], b[8][8], c[16][8];
+  for (int l = 0; l < 32; ++l) {
+    const auto& x = *static_cast<const MmaTf32Argument*>(m.argument[l]);
+    const int row = l / 4, column = l % 4;
+    for (int i = 0; i < 4; ++i) a[row + 8 * (i % 2)][column + 4 * (i / 2)] = tf32_operand(x.a[i]);
+    for (int i = 0; i < 2; ++i) b[column + 4 * i][row] = tf32_operand(x.b[i]);
+    memcpy(&c[row][2 * column], &x.c[0], 8);
+    memcpy(&c[row + 8][2 * column], &x.c[2], 8);
+  }
+  for (int i = 0; i < 16; ++i) {
+    float sum[8] = {};
+    for (int k = 0; k < 8; ++k)
+      for (int n = 0; n < 8; ++n) sum[n] += a[i][k] * b[k][n];
+    for (int n = 0; n < 8; ++n) c[i][n] += sum[n];
+  }
+  for (int l = 0; l < 32; ++l) {
+    const auto& x = *static_cast<const MmaTf32Argument*>(m.argument[l]);
+    const int row = l / 4, column = 2 * (l % 4);
+    memcpy(&x.d[0], &c[row][column], 8);
+    memcpy(&x.d[2], &c[row + 8][column], 8);
+  }
+}
+constexpr Collective kMmaTf32{"mma.sync tf32", true, run_mma_tf32};
+
 }  // namespace
 
 void ldmatrix(uint32_t* r, int matrices, bool transposed, uint32_t address, Site site) {
@@ -121,6 +159,10 @@ void mma_f16(float* d, const uint32_t* a, const uint32_t* b, const float* c, Sit
 void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, const float* c, Site site) {
   MmaArgument x{d, a, b, c};
   meet(kMmaBf16, ~0u, &x, site);
+}
+void mma_tf32(float* d, const float* a, const float* b, const float* c, Site site) {
+  MmaTf32Argument x{d, a, b, c};
+  meet(kMmaTf32, ~0u, &x, site);
 }
 
 }  // namespace simt

@@ -8,6 +8,7 @@ void ldmatrix(uint32_t* r, int matrices, bool transposed, uint32_t address, Site
 uint32_t movmatrix(uint32_t a, Site);
 void mma_f16(float* d, const uint32_t* a, const uint32_t* b, const float* c, Site);
 void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, const float* c, Site);
+void mma_tf32(float* d, const float* a, const float* b, const float* c, Site);
 // bytes go to dst: the first src_bytes from src, then zeros.
 void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes, Site);
 void cp_async_commit();
@@ -42,6 +43,15 @@ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32
 inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                               SIMT_SITE) {
   simt::mma_bf16(d, a, b, c, site);
+}
+
+inline float tf32(float x) {
+  // Infinities and NaN: the low bits of a NaN may be all that it has, so nothing is added or taken away.
+  const uint32_t u = simt::bits<uint32_t>(x);
+  return (u & 0x7f800000u) == 0x7f800000u ? x : simt::bits<float>((u + 0x1000u) & ~0x1fffu);
+}
+inline void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2], const float (&c)[4], SIMT_SITE) {
+  simt::mma_tf32(d, a, b, c, site);
 }
 
 inline float ex2(float x) {

@@ -507,6 +507,63 @@ def test_mma_numbers(simt: Any) -> None:
     np.testing.assert_array_equal(got[:4, 0], [np.inf, -np.inf, np.nan, 0])
 
 
+# "Matrix Fragments for mma.m16n8k8", .tf32; C and D lie as above.
+def tf32_a_place(i: int) -> tuple[np.ndarray, np.ndarray]:
+    return GROUP if i in (0, 2) else GROUP + 8, MEMBER if i < 2 else MEMBER + 4
+
+
+def tf32_b_place(i: int) -> tuple[np.ndarray, np.ndarray]:
+    return MEMBER + 4 * i, GROUP
+
+
+def mma_tf32(m: Any, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """d of a [16][8], b [8][8] and c [16][8]."""
+    in_a, in_b, in_c = (np.empty((32, n), np.float32) for n in (4, 2, 4))
+    for i in range(4):
+        in_a[:, i], in_c[:, i] = a[tf32_a_place(i)], c[c_place(i)]
+    for i in range(2):
+        in_b[:, i] = b[tf32_b_place(i)]
+    out = output(m, "d", (32, 4))
+    m.mma_tf32(m.array("a", in_a), m.array("b", in_b), m.array("c", in_c), out)
+    d = np.full((16, 8), np.nan)
+    for i in range(4):
+        d[c_place(i)] = out[:, i]
+    return d
+
+
+def test_mma_tf32_places(simt: Any) -> None:
+    zero = np.zeros((16, 8), np.float32)
+    a = np.arange(1, 129, dtype=np.float32).reshape(16, 8)
+    np.testing.assert_array_equal(mma_tf32(simt, a, np.eye(8), zero), a)
+    b = np.arange(1, 65, dtype=np.float32).reshape(8, 8)
+    np.testing.assert_array_equal(mma_tf32(simt, np.eye(16, 8), b, zero)[:8], b)
+    np.testing.assert_array_equal(mma_tf32(simt, np.eye(16, 8, -8), b, zero)[8:], b)
+    c = np.arange(128, dtype=np.float32).reshape(16, 8)
+    np.testing.assert_array_equal(mma_tf32(simt, zero, np.zeros((8, 8)), c), c)
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.integers(-8, 8, shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    np.testing.assert_array_equal(mma_tf32(simt, a, b, c), a @ b + c)
+
+
+def test_mma_tf32_numbers(simt: Any) -> None:
+    """Operands lose their low 13 bits; tf32() rounds, and keeps infinities and NaN."""
+    x = np.array([1 + 2**-10 + 2**-11, 1 + 2**-23, -(2 - 2**-23), 2**-126, np.inf, -np.inf, np.nan, 3e38], np.float32)
+    a = np.zeros((16, 8), np.float32)
+    a[:8, 0] = x
+    zero = np.zeros((16, 8), np.float32)
+    truncated = np.array([1 + 2**-10, 1, -(2 - 2**-10), 2**-126, np.inf, -np.inf, np.nan], np.float32)
+    got = mma_tf32(simt, a, np.eye(8)[:, [0] * 8], zero)
+    np.testing.assert_array_equal(got[:7, 0], truncated)
+    out = output(simt, "out", 32)
+    simt.tf32(simt.array("in", np.resize(x, 32)), out)
+    nearest = np.array([1 + 2**-9, 1, -2, 2**-126, np.inf, -np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(out[:7], nearest)
+    random = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    simt.tf32(simt.array("in", random), out)
+    assert not (out.view(np.uint32) & 0x1FFF).any()
+    assert (np.abs(out - random) <= np.abs(random) * 2**-11).all()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix_places(simt: Any, transposed: bool) -> None:
     """x4: lane 8 i + r gives the address of row r of matrix i; register i holds two neighbours of its row lane / 4."""

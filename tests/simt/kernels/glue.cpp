@@ -86,6 +86,9 @@ void bind_selftest(py::module_& m) {
   m.def("mma", [](bool bf16, A a, A b, A c, A d) {
     mma(bf16, data<uint32_t>(a), data<uint32_t>(b), data<float>(c), data<float>(d));
   });
+  m.def("mma_tf32",
+        [](A a, A b, A c, A d) { mma_tf32(data<float>(a), data<float>(b), data<float>(c), data<float>(d)); });
+  m.def("tf32", [](A in, A out) { tf32(data<float>(in), data<float>(out)); });
   m.def("ldmatrix",
         [](bool transposed, A in, A out) { ldmatrix(transposed, data<uint16_t>(in), data<uint32_t>(out)); });
   m.def("movmatrix", [](A in, A out) { movmatrix(data<uint32_t>(in), data<uint32_t>(out)); });

@@ -49,6 +49,8 @@ void shifts(const int* in, unsigned* out, Bug);  // out[i] = 1 << in[i], 32 of t
 
 // One instruction with the registers of every lane as they are: a [32][4], b [32][2], c and d [32][4].
 void mma(bool bf16, const uint32_t* a, const uint32_t* b, const float* c, float* d);
+void mma_tf32(const float* a, const float* b, const float* c, float* d);
+void tf32(const float* in, float* out);                             // [32]
 void ldmatrix(bool transposed, const uint16_t* in, uint32_t* out);  // in [4][8][8], out [32][4]
 void movmatrix(const uint32_t* in, uint32_t* out);                  // [32]
 
