@@ -101,13 +101,19 @@ def within(t: Tensor, other: Tensor) -> bool:
     return first[0] >= first[1] and last[0] <= last[1]
 
 
+def home(result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(t.cpu() for t in result)
+    return result.cpu() if isinstance(result, Tensor) else result
+
+
 def elsewhere(op: Any) -> Callable[..., Any]:
     """The op on copies of its tensors."""
     arguments = op._schema.arguments
 
     def call(*args: Any) -> Any:
-        if any(isinstance(a, Tensor) and a.requires_grad and torch.is_grad_enabled() for a in args):  # of fwht
-            return op(*(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)).cpu()
+        if any(isinstance(a, Tensor) and a.requires_grad and torch.is_grad_enabled() for a in args):
+            return home(op(*(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)))
         written: list[tuple[Tensor, Tensor]] = []
         read: list[tuple[Tensor, Tensor]] = []
 
@@ -139,7 +145,7 @@ def elsewhere(op: Any) -> Callable[..., Any]:
             finally:
                 for original, mine in written:
                     original.copy_(mine)
-            return result.cpu() if isinstance(result, Tensor) else result
+            return home(result)
 
     return call
 
@@ -150,14 +156,15 @@ def on_backend() -> Iterator[None]:
     if CPU:
         yield
         return
-    real = {module: module._op for module in OPS.values() if hasattr(module, "_op")}  # some call others
-    for module, op in real.items():
-        module._op = elsewhere(op)
+    names = ("_op", "_backward_op")  # some modules call others
+    real = {(module, n): getattr(module, n) for module in OPS.values() for n in names if hasattr(module, n)}
+    for (module, name), op in real.items():
+        setattr(module, name, elsewhere(op))
     try:
         yield
     finally:
-        for module, op in real.items():
-            module._op = op
+        for (module, name), op in real.items():
+            setattr(module, name, op)
 
 
 def sixteen_bits(case: dict[str, Any]) -> dict[str, Any]:

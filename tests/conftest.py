@@ -93,7 +93,9 @@ def to_device(x: Any) -> Any:
 
 
 def tensors_of(x: Any) -> list[Tensor]:
-    """All tensors in nested tuples, in order."""
+    """All tensors in nested tuples and dicts, in order."""
     if isinstance(x, Tensor):
         return [x]
+    if isinstance(x, dict):
+        x = tuple(x.values())
     return [t for part in x for t in tensors_of(part)] if isinstance(x, (tuple, list)) else []

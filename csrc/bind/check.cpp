@@ -122,7 +122,7 @@ DType dtype_of(const View& v) {
   }
 }
 
-View Check::any(const char* name, const Tensor& t, unsigned allowed) {
+View Check::any(const char* name, const Tensor& t, unsigned allowed, LastDim last) {
   const View v = view(name, t);
   int32_t type = 0, index = 0;
   aoti_torch_get_device_type(v.handle, &type);
@@ -136,14 +136,14 @@ View Check::any(const char* name, const Tensor& t, unsigned allowed) {
            device_text(device_type_, device_index_));
   }
   if (!(v.dtype & allowed)) refuse(name, " must be ", set_text(allowed), ", got ", dtype_text(v));
-  if (v.dim > 0 && v.size[v.dim - 1] > 1 && v.stride[v.dim - 1] != 1)
+  if (last == LastDim::dense && v.dim > 0 && v.size[v.dim - 1] > 1 && v.stride[v.dim - 1] != 1)
     refuse(name, " must be contiguous in its last dim, got strides ", shape_text(v.stride, v.dim));
   if constexpr (kEmulated) arguments_.add(v.name, v.data(), v.span(), false);
   return v;
 }
 
-View Check::is(const char* name, const Tensor& t, unsigned allowed, const char* shape) {
-  const View v = any(name, t, allowed);
+View Check::is(const char* name, const Tensor& t, unsigned allowed, const char* shape, LastDim last) {
+  const View v = any(name, t, allowed, last);
   const char *text = shape, *word;
   int len;
   int64_t i = 0;

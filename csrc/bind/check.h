@@ -22,6 +22,8 @@ using torch::stable::Tensor;
 enum : unsigned { kF32 = 1, kF16 = 2, kBF16 = 4, kF64 = 8, kU8 = 16, kI32 = 32, kI64 = 64 };
 constexpr unsigned kFloats = kF32 | kF16 | kBF16;
 
+enum class LastDim { dense, strided };  // strided: elements of a row may stand apart
+
 // What a check or a kernel asks of a tensor, fetched once: every question is a call through the C shim.
 struct View {
   const char* name = nullptr;  // null: an optional argument that was not given
@@ -58,12 +60,13 @@ class Check {
   explicit Check(const char* op) : op_(op) {}
 
   // dtype, device (that of the first tensor checked), shape, and a last dim without gaps.
-  View is(const char* name, const Tensor& t, unsigned dtypes, const char* shape);
-  View is(const char* name, const std::optional<Tensor>& t, unsigned dtypes, const char* shape) {
-    return t ? is(name, *t, dtypes, shape) : View{};
+  View is(const char* name, const Tensor& t, unsigned dtypes, const char* shape, LastDim last = LastDim::dense);
+  View is(const char* name, const std::optional<Tensor>& t, unsigned dtypes, const char* shape,
+          LastDim last = LastDim::dense) {
+    return t ? is(name, *t, dtypes, shape, last) : View{};
   }
   // The same without a shape.
-  View any(const char* name, const Tensor& t, unsigned dtypes);
+  View any(const char* name, const Tensor& t, unsigned dtypes, LastDim last = LastDim::dense);
   // The value of a name that is an argument of its own, or follows from one.
   void bind(const char* dim, int64_t value, const char* from);
 

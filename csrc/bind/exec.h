@@ -30,6 +30,12 @@ constexpr bool kCuda = true;
 #else
 constexpr bool kCuda = false;
 #endif
+// Fresh memory holds NaN, so that what a kernel reads before it is written, or does not write, shows.
+#if defined(KK_DEBUG_ASSERT)
+constexpr bool kPoison = true;
+#else
+constexpr bool kPoison = kEmulated;
+#endif
 
 using torch::stable::Tensor;
 
@@ -88,7 +94,12 @@ inline Tensor empty(const int64_t* size, int64_t dim, int32_t dtype, int32_t dev
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(dim, size, stride, dtype, device_type, device_index, &handle))
     throw std::runtime_error("kvkernels: torch could not allocate a tensor");
-  return Tensor(handle);
+  Tensor made(handle);
+  if (kPoison && device_type == aoti_torch_device_type_cpu()) {
+    const View v = view("made", made);
+    std::memset(v.mutable_data(), 0xff, static_cast<size_t>(v.span()));
+  }
+  return made;
 }
 
 // Bytes for the length of one call, 64-byte aligned, on the device of the tensors that were checked. Nothing is allocated
@@ -105,9 +116,7 @@ class Workspace {
     tensor_.emplace(empty(&size, 1, aoti_torch_dtype_uint8(), c.device_type(), c.device_index()));
     const auto p = reinterpret_cast<uintptr_t>(tensor_->mutable_data_ptr());
     data_ = reinterpret_cast<void*>((p + 63) / 64 * 64);
-#if defined(KK_DEBUG_ASSERT)
-    if (c.on_cpu()) std::memset(data_, 0xff, static_cast<size_t>(bytes));  // NaN: reading before writing shows
-#endif
+    if (kPoison && c.on_cpu()) std::memset(data_, 0xff, static_cast<size_t>(bytes));
   }
   void* data() const { return data_; }
 

@@ -23,6 +23,8 @@ from kvkernels.summaries import PageSummaries as PageSummaries
 
 if TYPE_CHECKING:
     # For editors and type checkers; at run time ops/ is the list.
+    from kvkernels.ops.delta_rule import delta_rule as delta_rule
+    from kvkernels.ops.delta_rule_step import delta_rule_step as delta_rule_step
     from kvkernels.ops.flash_decode import flash_decode as flash_decode
     from kvkernels.ops.fwht import fwht as fwht
     from kvkernels.ops.gather_pages import gather_pages as gather_pages
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from kvkernels.ops.select_pages import select_pages as select_pages
     from kvkernels.ops.select_tokens import select_tokens as select_tokens
     from kvkernels.ops.sparse_attention import sparse_attention as sparse_attention
+    from kvkernels.ops.tril_inverse import tril_inverse as tril_inverse
     from kvkernels.ops.write_kv import write_kv as write_kv
 else:
     globals().update({name: getattr(module, name) for name, module in _OPS.items()})

@@ -4,6 +4,7 @@ reference(...)   the same in plain PyTorch, float64 unless told: the definition,
 cases()          sizes to test and measure; make(case, seed) -> (args, kwargs) builds the inputs
 cost(case)       (bytes that must be read or written, floating-point operations)
 DTYPES, FORMATS  what it takes (FORMATS: () for ops without pages); CUDA_DTYPES where CUDA takes fewer
+IN_PLACE         keyword arguments it changes; the reference returns them, as they should be, after its result
 
 and the fake kernel (torch.library.register_fake) that torch.compile needs.
 """
