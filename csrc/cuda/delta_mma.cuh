@@ -14,6 +14,7 @@ enum class Operands {
   tf32,    // they are tf32 numbers already (operand<...>() rounded them when they were stored), or are truncated
   tf32x3,  // two terms each: big big + big small + small big, near fp32
   bf16x3,  // two terms of 7 mantissa bits each
+  fp32,    // fused multiply-adds instead of the matrix instruction
 };
 
 // What is stored in shared memory of a number that will be an operand.
@@ -50,11 +51,29 @@ __device__ __forceinline__ void split(float (&x)[N], float (&small)[N]) {
   }
 }
 
+// f(row, column, x) for every element of c that this lane holds.
+template <int M, int N, typename F>
+__device__ __forceinline__ void each(float (&c)[M][N][4], F f) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(16 * m + g + 8 * (i / 2), 8 * n + 2 * t + i % 2, c[m][n][i]);
+}
+
 // c [16 M][8 N] += a [16 M][k] b [k][8 N], k a multiple of 8. Lane 4g + t holds rows g, g + 8 and columns 2t, 2t + 1 of
 // each 16 x 8 tile (each() names them). All lanes of the warp call it.
 template <Operands O, int M, int N, typename A, typename B>
 __device__ __forceinline__ void multiply_add(float (&c)[M][N][4], const A& a, const B& b, int k) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if constexpr (O == Operands::fp32) {
+    each(c, [&](int i, int j, float& x) {
+      for (int l = 0; l < k; ++l) x = fmaf(a(i, l), b(l, j), x);
+    });
+    return;
+  }
   for (int l = 0; l < k; l += 8) {
     float left[M][4], right[N][2];
 #pragma unroll
@@ -87,18 +106,6 @@ __device__ __forceinline__ void multiply_add(float (&c)[M][N][4], const A& a, co
       }
     }
   }
-}
-
-// f(row, column, x) for every element of c that this lane holds.
-template <int M, int N, typename F>
-__device__ __forceinline__ void each(float (&c)[M][N][4], F f) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(16 * m + g + 8 * (i / 2), 8 * n + 2 * t + i % 2, c[m][n][i]);
 }
 
 }  // namespace kk::cuda

@@ -1,0 +1,74 @@
+// What the chunks of a sequence need that does not depend on the state, for all chunks at once: T = (I + L)^-1, P and the
+// factors of the rows (delta.h). The forward pass and the backward pass both start with it.
+#pragma once
+#include "cuda/delta_rows.cuh"
+
+namespace kk::cuda {
+
+constexpr int kDeltaThreads = 256;
+
+// Tokens [first, first + rows) of batch row b. rows = 0: a slot that no sequence has.
+struct DeltaChunk {
+  int64_t b, first;
+  int rows;
+};
+// The chunk whose slot this is (DeltaSlots::begun).
+__device__ __forceinline__ DeltaChunk chunk_of(const DeltaInputs& p, int64_t slot) {
+  int64_t n, in_sequence;
+  if (p.cu_seqlens) {
+    int64_t low = 0, high = p.N;  // the last sequence whose first slot is not after this one
+    while (high - low > 1) {
+      const int64_t mid = (low + high) / 2;
+      (p.cu_seqlens[mid] / p.chunk + mid <= slot ? low : high) = mid;
+    }
+    n = low, in_sequence = slot - (p.cu_seqlens[n] / p.chunk + n);
+  } else {
+    const int64_t chunks = (p.T + p.chunk - 1) / p.chunk;
+    n = slot / chunks, in_sequence = slot % chunks;
+  }
+  const DeltaSequence s = sequence_of(p, n);
+  const int64_t first = s.begin + in_sequence * p.chunk;
+  return {s.b, first, static_cast<int>(max(int64_t{0}, min(p.chunk, s.end - first)))};
+}
+
+// What is kept of a chunk and a value head, in fp32: T [C][C], P [C][C] (if there is a q), then C each of
+enum DeltaFactor {
+  kBeta,       // after its rule; 0 past the last row
+  kKeyNorm,    // what a row of k is multiplied by, 1 without l2norm
+  kQueryNorm,  // and of q
+  kAlpha,      // exp(g) with one gate per head, else 1
+  kFromStart,  // a_i, the product of alphas up to row i, itself included
+  kToEnd,      // D_Ci, the product of those after row i
+  kDeltaFactors
+};
+struct DeltaIntra {
+  float* p;
+  int64_t C, HV;
+  bool has_q;
+
+  __device__ __forceinline__ int64_t size() const { return C * C * (has_q ? 2 : 1) + C * kDeltaFactors; }
+  __device__ __forceinline__ float* inverse(int64_t slot, int64_t hv) const { return p + (slot * HV + hv) * size(); }
+  __device__ __forceinline__ float* scores(int64_t slot, int64_t hv) const { return inverse(slot, hv) + C * C; }
+  __device__ __forceinline__ float* factors(int64_t slot, int64_t hv) const {
+    return inverse(slot, hv) + C * C * (has_q ? 2 : 1);
+  }
+};
+inline int64_t delta_intra_bytes(const DeltaInputs& p) {
+  const int64_t floats = p.chunk * p.chunk * (p.q.p ? 2 : 1) + p.chunk * kDeltaFactors;
+  return delta_begun_slots(p, p.chunk) * p.HV * floats * static_cast<int64_t>(sizeof(float));
+}
+
+// One channel's gates in 16 rows of a chunk; 1 past the last row and past the last channel.
+__device__ __forceinline__ void channel_gates(const DeltaInputs& p, const DeltaChunk& chunk, int64_t hv, int channel,
+                                              int first_row, float (&alpha)[16]) {
+#pragma unroll
+  for (int r = 0; r < 16; ++r) {
+    const bool exists = first_row + r < chunk.rows && channel < p.K;
+    alpha[r] = exists ? expf(row_of(p.g, chunk.b, chunk.first + first_row + r, hv)[channel]) : 1.0f;
+  }
+}
+
+// Fills `workspace`, delta_intra_bytes(p) of it.
+DeltaIntra delta_intra(const DeltaInputs& p, void* workspace, const CudaExec& exec);
+
+}  // namespace kk::cuda
