@@ -1,7 +1,7 @@
 """What delta_rule and delta_rule_step share: names of options, the recurrence that defines both, inputs for tests."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ BETA_RULES = {"raw": 0, "sigmoid": 1, "sigmoid2": 2, "kaczmarz": 3}  # BetaRule
 L2NORM_EPS = KACZMARZ_EPS = 1e-6
 
 
-def option(op: str, name: str, value: str, numbers: dict[str, int]) -> int:
+def option(op: str, name: str, value: str, numbers: Mapping[str, int]) -> int:
     if value not in numbers:
         raise ValueError(f"{op}: {name} must be one of {', '.join(numbers)}; got {value!r}")
     return numbers[value]

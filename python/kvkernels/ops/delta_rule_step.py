@@ -140,7 +140,8 @@ def reference(
     inputs = [x if x is None or several else x.unsqueeze(1) for x in (q, k, v, beta, g, erase, write)]
     B, T, HV, V = inputs[2].shape  # type: ignore[union-attr]
     o = torch.zeros(B, T, HV, V, dtype=dtype)
-    targets = (slots if out_slots is None else out_slots).view(B, -1)
+    targets = slots if out_slots is None else out_slots
+    targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
     for b in range(B):
         first = int(slots[b])
         if first < 0:
