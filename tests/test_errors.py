@@ -643,6 +643,142 @@ GATHER: list[tuple[Args, str]] = [
     ({"hand": STATE.hand[:, :1]}, "hand must be [B, Hkv], got [4, 1]; Hkv = 2 from cache.size(1)"),
 ]  # fmt: skip
 
+
+def delta(**change: Any) -> Args:
+    """B 1, T 20 of two sequences, H 2, HV 4, K 32, V 48."""
+    return {
+        "q": torch.zeros(1, 20, 2, 32), "k": torch.zeros(1, 20, 2, 32), "v": torch.zeros(1, 20, 4, 48),
+        "beta": torch.zeros(1, 20, 4), "g": torch.zeros(1, 20, 4, 32).half(), "erase": torch.zeros(1, 20, 4, 32),
+        "write": torch.zeros(1, 20, 4, 48).bfloat16(), "initial_state": torch.zeros(2, 4, 32, 48),
+        "cu_seqlens": torch.tensor([0, 5, 20]), "chunk_size": 16, "checkpoint_every": 16, **change,
+    }  # fmt: skip
+
+
+def of_step(tensors: Args) -> list[tuple[Args, str]]:
+    """Rows that delta_rule and delta_rule_step share, over tensors of one's good call."""
+    q, k, v, beta, g, erase, write = (tensors[n] for n in ("q", "k", "v", "beta", "g", "erase", "write"))
+    t = "T, " if q.dim() == 4 and q.shape[1] == 20 else ""
+    return [
+        ({"q": q.double()}, "q must be float32 or bfloat16 or float16, got float64"),
+        ({"q": meta(q)}, "k is on cpu, but q is on meta"),
+        ({"q": q[..., :16]}, f"k must be [B, {t}H, K], got "),
+        ({"q": gaps(q)}, "q must be contiguous in its last dim"),
+        ({"k": k.half()}, "k must be float32 like q, got float16"),
+        ({"k": k[..., :1, :]}, f"k must be [B, {t}H, K], got "),
+        ({"v": v.half()}, "v must be float32 like q, got float16"),
+        ({"v": v[..., :3, :]}, "the 3 heads of v must be a multiple of the 2 heads of k"),
+        ({"v": v[..., :0]}, "V must be 1 to 256, got 0 from v.size("),
+        ({"v": v.repeat_interleave(6, -1)}, "V must be 1 to 256, got 288 from v.size("),
+        ({"q": q.repeat_interleave(9, -1), "k": k.repeat_interleave(9, -1)}, "K must be 1 to 256, got 288 from k.size("),
+        ({"beta": beta.int()}, "beta must be float32 or bfloat16 or float16, got int32"),
+        ({"beta": beta[..., :2]}, f"beta must be [B, {t}HV], got "),
+        ({"g": g[..., :2, :]}, f"g must be [B, {t}HV, K], got "),
+        ({"g": g[..., 0][..., :3]}, f"g must be [B, {t}HV], got "),
+        ({"g": g[..., 0, 0]}, "g must have a gate per head, "),
+        ({"g": meta(g)}, "g is on meta, but q is on cpu"),
+        ({"erase": write}, f"erase must be [B, {t}HV, K], got "),
+        ({"erase": gaps(erase)}, "erase must be contiguous in its last dim"),
+        ({"write": erase}, f"write must be [B, {t}HV, V], got "),
+        ({"beta_rule": "cubic"}, "beta_rule must be one of raw, sigmoid, sigmoid2, kaczmarz; got 'cubic'"),
+    ]  # fmt: skip
+
+
+CU = delta()["cu_seqlens"]
+DELTA: list[tuple[Args, str]] = [
+    *of_step(delta()),
+    ({"q": delta()["q"][0]}, "q must be [B, T, H, K], got [20, 2, 32]"),
+    ({"k": delta()["k"][:, :19]}, "k must be [B, T, H, K], got [1, 19, 2, 32]; T = 20 from q.size(1)"),
+    ({"v": delta()["v"].repeat(2, 1, 1, 1)}, "v must be [B, T, HV, V], got [2, 20, 4, 48]; B = 1 from q.size(0)"),
+    ({"initial_state": torch.zeros(2, 4, 32, 48).half()}, "initial_state must be float32, got float16"),
+    ({"initial_state": torch.zeros(3, 4, 32, 48)}, "initial_state must be [N, HV, K, V], got [3, 4, 32, 48]; N = 2 from cu_seqlens.size(0) - 1"),
+    ({"initial_state": torch.zeros(2, 4, 32, 48), "cu_seqlens": None}, "initial_state must be [N, HV, K, V], got [2, 4, 32, 48]; N = 1 from k.size(0)"),
+    ({"initial_state": torch.zeros(2, 4, 48, 32).mT}, "initial_state must be contiguous in its last dim"),
+    ({"initial_state": torch.zeros(2, 5, 32, 48)[:, :4]}, "initial_state must be contiguous, got strides"),
+    ({"cu_seqlens": CU.float()}, "cu_seqlens must be int32, got float32"),
+    ({"cu_seqlens": CU[None]}, "cu_seqlens must be [N+1], got [1, 3]"),
+    ({"cu_seqlens": CU[:1]}, "cu_seqlens must be [N + 1] with N at least 1, got [1]"),
+    ({"cu_seqlens": CU + 1}, "cu_seqlens[0] = 1, but the first sequence begins at 0"),
+    ({"cu_seqlens": CU * torch.tensor([1, 5, 1])}, "cu_seqlens[2] = 20 is less than cu_seqlens[1] = 25"),
+    ({"cu_seqlens": CU * 2}, "cu_seqlens[2] = 40, but there are T = 20 tokens, from k.size(1)"),
+    ({"cu_seqlens": CU + torch.tensor([0, 1 << 32, 1 << 32])}, "cu_seqlens[2] = 2147483647, but there are T = 20 tokens"),
+    ({n: x.expand(2, *x.shape[1:]) for n, x in delta().items() if isinstance(x, Tensor) and len(x) == 1}, "cu_seqlens divides the tokens of one row, so B must be 1, got 2 from k.size(0)"),
+    ({"chunk_size": 17}, "chunk_size must be 16, 32 or 64, got 17"),
+    ({"chunk_size": 0}, "chunk_size must be 16, 32 or 64, got 0"),
+    ({"checkpoint_every": 24}, "checkpoint_every must be a multiple of 16, a chunk; got 24"),
+    ({"checkpoint_every": 16, "chunk_size": 32}, "checkpoint_every must be a multiple of 32, a chunk; got 16"),
+    ({"checkpoint_every": 8, "chunk_size": None}, "checkpoint_every must be a multiple of 16, a chunk; got 8"),
+    ({"checkpoint_every": -16}, "checkpoint_every must not be negative, got -16"),
+    ({"mode": "fast"}, "mode must be one of chunk, recurrent; got 'fast'"),
+]  # fmt: skip
+
+
+def delta_step(**change: Any) -> Args:
+    """B 3, T 2, six slots: each sequence with one to read and two to write, of which one is the one it reads."""
+    return {
+        "q": torch.zeros(3, 2, 2, 32), "k": torch.zeros(3, 2, 2, 32), "v": torch.zeros(3, 2, 4, 48),
+        "beta": torch.zeros(3, 2, 4), "g": torch.zeros(3, 2, 4, 32), "erase": torch.zeros(3, 2, 4, 32),
+        "write": torch.zeros(3, 2, 4, 48), "state": torch.zeros(6, 4, 32, 48),
+        "slots": torch.tensor([0, 1, 2], dtype=torch.int32),
+        "out_slots": torch.tensor([[3, 0], [4, 1], [5, 2]], dtype=torch.int32),
+        "parents": torch.tensor([[-1, 0], [-1, -1], [-1, 0]], dtype=torch.int32),
+        "gate": delta_gate(), "out": torch.zeros(3, 2, 4, 48), **change,
+    }  # fmt: skip
+
+
+def delta_gate(**change: Any) -> tuple[Any, ...]:
+    good = {"A_log": torch.zeros(4), "dt_bias": torch.zeros(4, 32), "lower_bound": -5.0}
+    return tuple({**good, **change}.values())
+
+
+def numbers(*x: Any) -> Tensor:
+    return torch.tensor(x, dtype=torch.int32)
+
+
+DELTA_STEP: list[tuple[Args, str]] = [
+    *((change, message.replace("[B, H", "[B, T, H")) for change, message in of_step(delta_step())),
+    ({"q": torch.zeros(2, 32)}, "q must be [B, H, K] or [B, T, H, K], got [2, 32]"),
+    ({"k": torch.zeros(3, 2, 32)}, "k must be [B, T, H, K], got [3, 2, 32]"),
+    ({"state": torch.zeros(6, 4, 32, 48).half()}, "state must be float32 or bfloat16, got float16"),
+    ({"state": torch.zeros(6, 4, 48, 32)}, "state must be [num_slots, HV, K, V], got [6, 4, 48, 32]; K = 32 from"),
+    ({"state": torch.zeros(6, 4, 33, 48)[:, :, 1:]}, "state must be contiguous within a slot, got strides"),
+    ({"state": torch.zeros(1, 4, 32, 48).expand(6, 4, 32, 48)}, "state is written, so its elements must not share memory"),
+    ({"state": torch.zeros(6, 4, 32, 48).requires_grad_()}, "state requires grad, but the op has no backward"),
+    ({"k": torch.zeros(3, 2, 2, 32).requires_grad_()}, "k requires grad, but the op has no backward"),
+    ({"slots": numbers(0, 1, 2).long()}, "slots must be int32, got int64"),
+    ({"slots": numbers(0, 1)}, "slots must be [B], got [2]; B = 3 from q.size(0)"),
+    ({"slots": numbers(0, 1, 6)}, "slots[2] = 6, but slots are 0 to 5, or -1"),
+    ({"slots": numbers(0, -2, 2)}, "slots[1] = -2, but slots are 0 to 5, or -1"),
+    ({"slots": numbers(0, 1, 4)}, "out_slots[1, 0] and slots[2] are both slot 4, but a slot that is written belongs to one sequence"),
+    ({"slots": numbers(0, 2, 2), "out_slots": None, "parents": None}, "slots[1] and slots[2] are both slot 2, but a slot that is written belongs to one sequence"),
+    ({"out_slots": numbers([3, 0], [4, 1], [5, 2]).long()}, "out_slots must be int32, got int64"),
+    ({"out_slots": numbers([3, 0], [4, 1])}, "out_slots must be [B, T], got [2, 2]; B = 3 from q.size(0)"),
+    ({"out_slots": numbers(3, 4), "parents": None}, "out_slots must be [B], got [2]"),
+    ({"out_slots": numbers([3, 0], [4, 1], [6, 2])}, "out_slots[2, 0] = 6, but slots are 0 to 5, or -1"),
+    ({"out_slots": numbers([3, 0], [4, 1], [4, 2])}, "out_slots[1, 0] and out_slots[2, 0] are both slot 4"),
+    ({"parents": numbers(-1, -1, -1)}, "parents must be [B, T], got [3]"),
+    ({"out_slots": numbers(3, 4, 5)}, "parents needs out_slots [B, T], where the state after each token goes"),
+    ({"parents": numbers([-1, 0], [-1, 1], [-1, 0])}, "parents[1, 1] = 1, but it must be -1 to 0"),
+    ({"parents": numbers([-2, 0], [-1, 0], [-1, 0])}, "parents[0, 0] = -2, but it must be -1 to -1"),
+    ({"out_slots": numbers([3, 0], [1, 4], [5, 2])}, "parents[1, 1] = -1, but out_slots[1, 0] has replaced that state"),
+    ({"gate": delta_gate()[:2]}, "gate must be (A_log, dt_bias or None, lower_bound or 0.0)"),
+    ({"gate": delta_gate(A_log=torch.zeros(4).half())}, "gate A_log must be float32, got float16"),
+    ({"gate": delta_gate(A_log=torch.zeros(3))}, "gate A_log must be [HV], got [3]; HV = 4 from v.size(2)"),
+    ({"gate": delta_gate(dt_bias=torch.zeros(4))}, "gate dt_bias must be [HV, K], got [4]"),
+    ({"gate": delta_gate(lower_bound=1.0)}, "gate lower_bound must be negative, or 0 for none; got 1"),
+    ({"g": None}, "gate was given, but g, which it makes a gate of, was not"),
+    ({"out": torch.zeros(3, 2, 4, 48).half()}, "out must be float32 like q, got float16"),
+    ({"out": torch.zeros(3, 4, 48)}, "out must be [B, T, HV, V], got [3, 4, 48]"),
+    ({"out": torch.zeros(3, 3, 4, 48)[:, 1:]}, "out must be contiguous, got strides"),
+]  # fmt: skip
+TRIL: list[tuple[Args, str]] = [
+    ({"A": torch.zeros(2, 16, 16).double()}, "A must be float32 or bfloat16 or float16, got float64"),
+    ({"A": torch.zeros(16)}, "A must be [..., n, n], got [16]"),
+    ({"A": torch.zeros(2, 16, 17)}, "A must be [..., n, n], got [2, 16, 17]"),
+    ({"A": torch.zeros(2, 129, 129)}, "n must be 1 to 128, got 129 from A.size(2)"),
+    ({"A": torch.zeros(2, 0, 0)}, "n must be 1 to 128, got 0 from A.size(2)"),
+    ({"method": "neumann"}, "method must be one of substitution, blocked, blocked_tf32, blocked_bf16x3; got 'neumann'"),
+]  # fmt: skip
+
 X = torch.zeros(3, 64)
 FWHT: list[tuple[Args, str]] = [
     ({"x": X.int()}, "x must be float32 or bfloat16 or float16 or float64, got int32"),
@@ -688,11 +824,14 @@ TABLES: list[tuple[str, Callable[..., Args], list[tuple[Args, str]]]] = [
     ("select_pages", select, SELECT),
     ("select_tokens", select_tokens, SELECT_TOKENS),
     ("gather_pages", gather, GATHER),
+    ("delta_rule", delta, DELTA),
+    ("delta_rule_step", delta_step, DELTA_STEP),
+    ("tril_inverse", lambda **x: {"A": torch.zeros(2, 16, 16), "method": "blocked", **x}, TRIL),
 ]
 # What stands in GPU memory is not looked at on the host.
 SEEN_ON_THE_HOST = re.compile(
     r"(page_table|block_table|seq_lens|slots|pairs|tree_mask|head_windows|plan\.\w+|pages|tokens|entries|channels|segments|"
-    r"start|slot_of|page_of|hand)\[.+\] |(page_table|block_table|scores) is too narrow"
+    r"start|slot_of|page_of|hand|cu_seqlens|out_slots|parents)\[.+\] |(page_table|block_table|scores) is too narrow"
 )
 ROWS = [
     (op, good, change, message.replace("on cpu", f"on {DEVICE}"))
@@ -788,6 +927,12 @@ def test_not_a_tensor() -> None:
         kk.quant_attention(Q, tuple(cache()), TABLE, LENS)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="flash_decode: q must be a tensor, got NoneType"):
         kk.flash_decode(None, K, V, TABLE, LENS)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="delta_rule: k must be a tensor, got NoneType"):
+        kk.delta_rule(**delta(k=None))
+    with pytest.raises(TypeError, match="delta_rule: g must be a tensor or None, got float"):
+        kk.delta_rule(**delta(g=0.0))
+    with pytest.raises(TypeError, match="delta_rule_step: slots must be a tensor, got list"):
+        kk.delta_rule_step(**delta_step(slots=[0, 1, 2]))
     with pytest.raises(TypeError, match="fwht: x must be a tensor, got float"):
         kk.fwht(1.0)  # type: ignore[arg-type]
 
