@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import kvkernels as kk
 from bench import build, peers, report
-from bench.ops import flash_decode, prefix_attention, sparse_attention
+from bench.ops import delta_rule, flash_decode, prefix_attention, sparse_attention
 from bench.pages import HKV, HQ, PAGE, D, attend, data, paged
 from kvkernels.ops import OPS
 
@@ -213,6 +213,51 @@ def sparse(clock: Clock, quick: bool) -> Iterator[Row]:
             yield Row(case.label, name, clock(run), moved)
 
 
+def delta(clock: Clock, quick: bool) -> Iterator[Row]:
+    """Prompts, training steps and decode of the delta rule. Bytes: inputs and outputs once, or the states twice."""
+    bf16 = torch.bfloat16
+    cases = [delta_rule.Case("GDN", 256, 2, 4, bf16), delta_rule.Case("KDA", 256, 2, 2, bf16, backward=True)]
+    if not quick:
+        cases = [delta_rule.Case("GDN", tokens, 16, 64, bf16) for tokens in (2048, 8192, 65536)]
+        cases += [delta_rule.Case("GDN", 8192, 2, 8, bf16), delta_rule.Case("KDA", 8192, 64, 64, bf16)]
+        cases += [delta_rule.Case(rule, 8192, 16, 32, bf16, backward=True) for rule in ("GDN", "KDA")]
+    for case in cases:
+        torch.manual_seed(0)
+        x = {name: t.cuda() for name, t in delta_rule.inputs(case).items()}
+        moved = (3.0 if case.backward else 1.0) * sum(t.nbytes for t in (*x.values(), x["v"]))
+        ways: dict[str, Callable[..., Any]] = {"chunk": partial(kk.delta_rule, qk_l2norm=True)}
+        if importlib.util.find_spec("fla"):
+            fla = importlib.import_module("fla.ops")
+            theirs = fla.chunk_kda if case.rule == "KDA" else fla.chunk_gated_delta_rule
+            ways["fla"] = partial(first_of, partial(theirs, use_qk_l2norm_in_kernel=True))
+        for name, way in ways.items():
+            run = partial(delta_rule.step, case, way, x)
+            seconds = peer_time(clock, f"{case.label}: {name}", partial(same, run)) if name == "fla" else clock(run)
+            if seconds is not None:
+                yield Row(case.label, name, seconds, moved)
+    H, HV, K = 16, 32, 128
+    for batch in (4,) if quick else (1, 64, 256):
+        q, k, v, beta, g = (torch.rand(batch, n, *d, device="cuda")
+                            for n, d in ((H, (K,)), (H, (K,)), (HV, (K,)), (HV, ()), (HV, ())))  # fmt: skip
+        slots = torch.arange(batch, dtype=torch.int32, device="cuda")
+        for dtype in (torch.float32, bf16):
+            state = torch.zeros(batch, HV, K, K, dtype=dtype, device="cuda")
+            rows = [x.bfloat16() for x in (q, k, v, beta)]
+            decode = partial(
+                kk.delta_rule_step, rows[0], rows[1], rows[2], rows[3], -g, state=state, slots=slots, qk_l2norm=True
+            )
+            what = "bf16 state" if dtype == bf16 else "fp32 state"
+            yield Row(f"delta_rule_step B{batch} HV{HV}", what, clock(decode), 2.0 * state.nbytes)
+
+
+def first_of(function: Callable[..., tuple[Tensor, ...]], **x: Tensor) -> Tensor:
+    return function(**x)[0]
+
+
+def same(run: Callable[[], object]) -> Callable[[], object]:
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds: does it run?")
@@ -238,7 +283,7 @@ def main() -> None:
     ]
     print(*lines, sep="\n", flush=True)
     head, body = ["case", "what", "time", "GB/s", "% of copy"], []
-    for row in (r for part in (attention, decode, prefix, sparse, codec) for r in part(clock, args.quick)):
+    for row in (r for part in (attention, decode, prefix, sparse, delta, codec) for r in part(clock, args.quick)):
         rate = row.nbytes / row.seconds
         body.append(
             [row.case, row.what, report.duration(row.seconds), f"{rate / 1e9:.0f}", f"{100 * rate / copy:.0f} %"]

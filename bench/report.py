@@ -117,5 +117,10 @@ NOTES = {
     "score_pages": "Limit: the bytes of the summaries.",
     "page_summaries": "Limit: reading the keys and writing the records.",
     "gather_pages": "Limit: a copy of the pages that are not in the cache.",
+    "delta_rule": "D 128, one sequence, positive keys, l2norm in the kernel. Work is counted as the chunk form needs "
+    "it, chunks of 32 tokens, at the fp32 FMA rate, for all contestants. HF: the plain PyTorch of transformers; "
+    "vLLM: its kernel for bf16.",
+    "delta_rule_step": "bf16 inputs. Limit: a copy of the states, at the rate of a copy of this size. HF: fp32 state.",
+    "tril_inverse": "fp32.",
     "call_overhead": "Warm. One token: the time is the call.",
 }

@@ -1,4 +1,4 @@
-"""The README's Python blocks run, in order, as one program each; its tables say what the code says."""
+"""The Python blocks of the README and of docs/delta.md run, as one program each; tables say what the code says."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,12 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+DELTA = (ROOT / "docs" / "delta.md").read_text(encoding="utf-8")
+BLOCKS = [
+    (f"{name} block {i}", block)
+    for name, text in (("README.md", README), ("docs/delta.md", DELTA))
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
+]
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -25,10 +30,10 @@ def test_there_are_blocks() -> None:
     assert BLOCKS
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_block_runs(name: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), {"__name__": "__main__"})
+    exec(compile(block, name, "exec"), {"__name__": "__main__"})
 
 
 def test_format_table() -> None:

@@ -46,5 +46,8 @@ if TYPE_CHECKING:
 else:
     globals().update({name: getattr(module, name) for name, module in _OPS.items()})
 
+from kvkernels import compat as compat
+from kvkernels.context import DeltaContext as DeltaContext
+from kvkernels.context import delta_context as delta_context
 from kvkernels.info import info as info
 from kvkernels.kv_cache import KVCache as KVCache
