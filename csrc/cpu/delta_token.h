@@ -2,6 +2,8 @@
 // x = (alpha o e)^T S and y = scale (alpha o q)^T S, and then changed, S <- alpha S + k d^T with d = w - x. The new state is
 // not read again: o = y + scale (q . k) d.
 #pragma once
+#include <initializer_list>
+
 #include "cpu/delta_rows.h"
 #include "kvkernels/core/one_of.h"
 #include "kvkernels/ops/delta_rule_step.h"
