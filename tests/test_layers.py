@@ -44,7 +44,7 @@ def offenders(folder: str, allowed: "re.Pattern[str]") -> list[str]:
     [
         ("include/kvkernels/core", r"kvkernels/core/"),
         ("include/kvkernels/formats", r"kvkernels/core/"),
-        ("include/kvkernels/ops", r"kvkernels/(exec|pool|format|plan_node|score|summary)\.h$"),
+        ("include/kvkernels/ops", r"kvkernels/(delta|exec|pool|format|plan_node|score|summary)\.h$"),
         ("include/kvkernels", r"kvkernels/"),
         ("csrc/cpu", r"kvkernels/|cpu/|(immintrin|cpuid)\.h$|(cstdlib|new|stdexcept|string)$"),
         (
