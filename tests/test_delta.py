@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, not_emulated
+from backends import CPU, not_emulated, on_cpu_only
 from conftest import assert_as_good_as, tensors_of, to_device
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -271,6 +271,13 @@ def test_gradients_from_kept_states(gate: str | None, monkeypatch: pytest.Monkey
     """As in long sequences, of which some states are kept."""
     monkeypatch.setattr(RULE, "KEPT_EVERY", 64)
     x = inputs(gate=gate, B=1, lens=(0, 130, 3, 64), tail=9, initial_state=True, chunk_size=32)
+    check_gradients(x, use=(0, 1))
+
+
+@on_cpu_only  # the length at which it cuts what lies between two states, and all that there is
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_gradients_between_states_far_apart(gate: str) -> None:
+    x = inputs(gate=gate, B=1, T=540, HV=1, K=16, V=16, checkpoint_every=1024)
     check_gradients(x, use=(0, 1))
 
 
