@@ -5,7 +5,7 @@
 #include "kvkernels/delta.h"
 
 #if defined(__x86_64__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 KK_BEGIN

@@ -2,8 +2,6 @@
 // x = (alpha o e)^T S and y = scale (alpha o q)^T S, and then changed, S <- alpha S + k d^T with d = w - x. The new state is
 // not read again: o = y + scale (q . k) d.
 #pragma once
-#include <initializer_list>
-
 #include "cpu/delta_rows.h"
 #include "kvkernels/core/one_of.h"
 #include "kvkernels/ops/delta_rule_step.h"
@@ -14,7 +12,7 @@ KK_BEGIN
 inline F log1p_unit(F u) {
   const F s = u / (F::fill(2.0f) + u), z = s * s;
   F p = F::fill(1.0f / 15.0f);
-  for (const float n : {13.0f, 11.0f, 9.0f, 7.0f, 5.0f, 3.0f}) p = fma(p, z, F::fill(1.0f / n));
+  for (int n = 13; n > 1; n -= 2) p = fma(p, z, F::fill(1.0f / static_cast<float>(n)));
   const F twice = s + s;
   return fma(twice * z, p, twice);
 }
