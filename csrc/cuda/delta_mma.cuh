@@ -67,41 +67,41 @@ __device__ __forceinline__ void each(float (&c)[M][N][4], F f) {
 // each 16 x 8 tile (each() names them). All lanes of the warp call it.
 template <Operands O, int M, int N, typename A, typename B>
 __device__ __forceinline__ void multiply_add(float (&c)[M][N][4], const A& a, const B& b, int k) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if constexpr (O == Operands::fp32) {
     each(c, [&](int i, int j, float& x) {
       for (int l = 0; l < k; ++l) x = fmaf(a(i, l), b(l, j), x);
     });
-    return;
-  }
-  for (int l = 0; l < k; l += 8) {
-    float left[M][4], right[N][2];
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) left[m][i] = a(16 * m + g + 8 * (i % 2), l + t + 4 * (i / 2));
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) right[n][i] = b(l + t + 4 * i, 8 * n + g);
-    if constexpr (O == Operands::tf32) {
+  } else {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (int l = 0; l < k; l += 8) {
+      float left[M][4], right[N][2];
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int n = 0; n < N; ++n) ptx::mma_m16n8k8_tf32(c[m][n], left[m], right[n], c[m][n]);
-    } else {
-      float small_right[N][2];
+        for (int i = 0; i < 4; ++i) left[m][i] = a(16 * m + g + 8 * (i % 2), l + t + 4 * (i / 2));
 #pragma unroll
-      for (int n = 0; n < N; ++n) split<O>(right[n], small_right[n]);
+      for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
-        float small_left[4];
-        split<O>(left[m], small_left);
+        for (int i = 0; i < 2; ++i) right[n][i] = b(l + t + 4 * i, 8 * n + g);
+      if constexpr (O == Operands::tf32) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-          ptx::mma_m16n8k8_tf32(c[m][n], small_left, right[n], c[m][n]);
-          ptx::mma_m16n8k8_tf32(c[m][n], left[m], small_right[n], c[m][n]);
-          ptx::mma_m16n8k8_tf32(c[m][n], left[m], right[n], c[m][n]);
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int n = 0; n < N; ++n) ptx::mma_m16n8k8_tf32(c[m][n], left[m], right[n], c[m][n]);
+      } else {
+        float small_right[N][2];
+#pragma unroll
+        for (int n = 0; n < N; ++n) split<O>(right[n], small_right[n]);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          float small_left[4];
+          split<O>(left[m], small_left);
+#pragma unroll
+          for (int n = 0; n < N; ++n) {
+            ptx::mma_m16n8k8_tf32(c[m][n], small_left, right[n], c[m][n]);
+            ptx::mma_m16n8k8_tf32(c[m][n], left[m], small_right[n], c[m][n]);
+            ptx::mma_m16n8k8_tf32(c[m][n], left[m], right[n], c[m][n]);
+          }
         }
       }
     }

@@ -33,6 +33,9 @@ __device__ __forceinline__ void invert_unit_lower(float* x, int ld, float* scrat
   }
   __syncthreads();
 
+  const auto rows = [](const float* p, int stride) {
+    return [p, stride](int i, int j) { return operand<O>(p[i * stride + j]); };
+  };
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int s = 16; s < n; s *= 2) {  // of two s x s blocks on the diagonal one of 2 s
     const int per_row = s / 16, per_pair = per_row * per_row, tiles = n / (2 * s) * per_pair, ld_scratch = s + 4;
@@ -40,7 +43,7 @@ __device__ __forceinline__ void invert_unit_lower(float* x, int ld, float* scrat
       const int pair = tile / per_pair, i = tile % per_pair / per_row * 16, j = tile % per_row * 16;
       const float* a = x + 2 * s * pair * (ld + 1);
       float c[1][2][4] = {};
-      multiply_add<O>(c, Rows{a + (s + i) * ld + j, ld}, Rows{a + j * ld + j, ld}, s - j);
+      multiply_add<O>(c, rows(a + (s + i) * ld + j, ld), rows(a + j * ld + j, ld), s - j);
       each(c, [&](int r, int q, float value) { scratch[(pair * s + i + r) * ld_scratch + j + q] = value; });
     }
     __syncthreads();
@@ -48,7 +51,7 @@ __device__ __forceinline__ void invert_unit_lower(float* x, int ld, float* scrat
       const int pair = tile / per_pair, i = tile % per_pair / per_row * 16, j = tile % per_row * 16;
       float* b = x + 2 * s * pair * (ld + 1) + s * ld;
       float c[1][2][4] = {};
-      multiply_add<O>(c, Rows{b + s + i * ld, ld}, Rows{scratch + pair * s * ld_scratch + j, ld_scratch}, i + 16);
+      multiply_add<O>(c, rows(b + s + i * ld, ld), rows(scratch + pair * s * ld_scratch + j, ld_scratch), i + 16);
       each(c, [&](int r, int q, float value) { b[(i + r) * ld + j + q] = -value; });
     }
     __syncthreads();
