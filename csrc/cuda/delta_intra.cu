@@ -183,11 +183,13 @@ __global__ __launch_bounds__(kDeltaThreads) void delta_intra_kernel(DeltaInputs 
     // Threads of a column j take a part of its rows each; D_ij runs down the column.
     const int parts = kDeltaThreads / C, j = threadIdx.x % C, from = threadIdx.x / C * (C / parts);
     float *x = smem + l.inverse, *scores = has_q ? out.scores(blockIdx.x, hv) : nullptr;
+    float* lower = out.has_l ? out.lower(blockIdx.x, hv) : nullptr;
     float decay = 1.0f;
     for (int i = min(j, from); i < from + C / parts; ++i) {
       if (i > j) decay *= factors[kAlpha * C + i];
       if (i < from) continue;
       x[i * l.ld + j] = i > j ? factors[kBeta * C + i] * decay * keys[i * l.ld + j] : 0.0f;
+      if (lower) lower[i * C + j] = x[i * l.ld + j];
       if (has_q) scores[i * C + j] = i >= j ? p.scale * decay * queries[i * l.ld + j] : 0.0f;
     }
     __syncthreads();
@@ -200,8 +202,8 @@ __global__ __launch_bounds__(kDeltaThreads) void delta_intra_kernel(DeltaInputs 
 
 }  // namespace
 
-DeltaIntra delta_intra(const DeltaInputs& p, void* workspace, const CudaExec& exec) {
-  const DeltaIntra out{static_cast<float*>(workspace), p.chunk, p.HV, p.q.p != nullptr};
+DeltaIntra delta_intra(const DeltaInputs& p, void* workspace, const CudaExec& exec, bool keep_l) {
+  const DeltaIntra out = delta_intra_at(p, workspace, keep_l);
   const int64_t slots = delta_begun_slots(p, p.chunk);
   if (slots == 0) return out;
   const bool shared = !p.vector_gate && !p.erase.p;

@@ -31,7 +31,8 @@ __device__ __forceinline__ DeltaChunk chunk_of(const DeltaInputs& p, int64_t slo
   return {s.b, first, static_cast<int>(max(int64_t{0}, min(p.chunk, s.end - first)))};
 }
 
-// What is kept of a chunk and a value head, in fp32: T [C][C], P [C][C] (if there is a q), then C each of
+// What is kept of a chunk and a value head, in fp32: T [C][C], P [C][C] (if there is a q), L [C][C] (if asked for), then
+// C each of
 enum DeltaFactor {
   kBeta,       // after its rule; 0 past the last row
   kKeyNorm,    // what a row of k is multiplied by, 1 without l2norm
@@ -44,17 +45,24 @@ enum DeltaFactor {
 struct DeltaIntra {
   float* p;
   int64_t C, HV;
-  bool has_q;
+  bool has_q, has_l;
 
-  __device__ __forceinline__ int64_t size() const { return C * C * (has_q ? 2 : 1) + C * kDeltaFactors; }
+  KK_HD int64_t squares() const { return 1 + has_q + has_l; }
+  KK_HD int64_t size() const { return C * C * squares() + C * kDeltaFactors; }
   __device__ __forceinline__ float* inverse(int64_t slot, int64_t hv) const { return p + (slot * HV + hv) * size(); }
   __device__ __forceinline__ float* scores(int64_t slot, int64_t hv) const { return inverse(slot, hv) + C * C; }
-  __device__ __forceinline__ float* factors(int64_t slot, int64_t hv) const {
+  __device__ __forceinline__ float* lower(int64_t slot, int64_t hv) const {
     return inverse(slot, hv) + C * C * (has_q ? 2 : 1);
   }
+  __device__ __forceinline__ float* factors(int64_t slot, int64_t hv) const {
+    return inverse(slot, hv) + C * C * squares();
+  }
 };
-inline int64_t delta_intra_bytes(const DeltaInputs& p) {
-  const int64_t floats = p.chunk * p.chunk * (p.q.p ? 2 : 1) + p.chunk * kDeltaFactors;
+inline DeltaIntra delta_intra_at(const DeltaInputs& p, void* workspace, bool keep_l) {
+  return {static_cast<float*>(workspace), p.chunk, p.HV, p.q.p != nullptr, keep_l};
+}
+inline int64_t delta_intra_bytes(const DeltaInputs& p, bool keep_l = false) {
+  const int64_t floats = delta_intra_at(p, nullptr, keep_l).size();
   return delta_begun_slots(p, p.chunk) * p.HV * floats * static_cast<int64_t>(sizeof(float));
 }
 
@@ -68,7 +76,7 @@ __device__ __forceinline__ void channel_gates(const DeltaInputs& p, const DeltaC
   }
 }
 
-// Fills `workspace`, delta_intra_bytes(p) of it.
-DeltaIntra delta_intra(const DeltaInputs& p, void* workspace, const CudaExec& exec);
+// Fills `workspace`, delta_intra_bytes(p, keep_l) of it.
+DeltaIntra delta_intra(const DeltaInputs& p, void* workspace, const CudaExec& exec, bool keep_l = false);
 
 }  // namespace kk::cuda
