@@ -23,6 +23,15 @@ __device__ __forceinline__ float operand(float x) {
   return O == Operands::tf32 ? ptx::tf32(x) : x;
 }
 
+template <Operands O>
+__device__ __forceinline__ void store8_operands(float* to, const float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const float4 v = make_float4(operand<O>(x[i]), operand<O>(x[i + 1]), operand<O>(x[i + 2]), operand<O>(x[i + 3]));
+    *reinterpret_cast<float4*>(to + i) = v;
+  }
+}
+
 struct Rows {  // element (i, j) is p[i * ld + j]
   const float* p;
   int ld;

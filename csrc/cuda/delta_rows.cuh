@@ -1,8 +1,6 @@
-// Rows of the delta rule's inputs, number by number, and which tokens a sequence has.
+// Rows of the delta rule's inputs, one number or eight, and which tokens a sequence has.
 #pragma once
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
-#include "kvkernels/core/half.h"
+#include "cuda/rows.cuh"
 #include "kvkernels/delta.h"
 
 namespace kk::cuda {
@@ -29,6 +27,15 @@ struct DeltaRow {
 __device__ __forceinline__ DeltaRow row_of(const DeltaRows& r, int64_t b, int64_t t, int64_t head) {
   const int64_t at = b * r.batch + t * r.token + head * r.head;
   return {static_cast<const uint8_t*>(r.p) + at * (r.dtype == DType::f32 ? 4 : 2), r.dtype};
+}
+
+// 8 neighbours of a row from channel c on, zeros past `width`.
+__device__ __forceinline__ void read8(const DeltaRow& row, int c, int width, float (&x)[8]) {
+  const int bytes = row.type == DType::f32 ? 4 : 2;
+  const uint8_t* from = static_cast<const uint8_t*>(row.p) + static_cast<int64_t>(c) * bytes;
+  if (c + 8 <= width && reinterpret_cast<uintptr_t>(from) % 16 == 0) return load8(row.type, from, true, x);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = c + i < width ? row[c + i] : 0.0f;
 }
 
 // Tokens [begin, end) of batch row b.

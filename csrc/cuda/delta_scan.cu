@@ -15,7 +15,6 @@
 #include "cuda/delta_scan.cuh"
 
 #include "cuda/delta_mma.cuh"
-#include "cuda/rows.cuh"
 
 namespace kk::cuda {
 namespace {
@@ -40,24 +39,6 @@ struct ScanLayout {  // shared memory, in floats
     total = decay + static_cast<int>(kMaxDeltaDim);
   }
 };
-
-// 8 neighbours of a row from channel c on, zeros past `width`.
-__device__ __forceinline__ void read8(const DeltaRow& row, int c, int width, float (&x)[8]) {
-  const int bytes = row.type == DType::f32 ? 4 : 2;
-  const uint8_t* from = static_cast<const uint8_t*>(row.p) + static_cast<int64_t>(c) * bytes;
-  if (c + 8 <= width && reinterpret_cast<uintptr_t>(from) % 16 == 0) return load8(row.type, from, true, x);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = c + i < width ? row[c + i] : 0.0f;
-}
-
-template <Operands O>
-__device__ __forceinline__ void store8_operands(float* to, const float (&x)[8]) {
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    const float4 v = make_float4(operand<O>(x[i]), operand<O>(x[i + 1]), operand<O>(x[i + 2]), operand<O>(x[i + 3]));
-    *reinterpret_cast<float4*>(to + i) = v;
-  }
-}
 
 // A chunk's rows on their way into shared memory. All threads call the functions together.
 template <Operands O, bool PerChannel>
