@@ -161,19 +161,24 @@ def hard_keys(kind: str, shape: tuple[int, ...], gen: torch.Generator) -> Tensor
     return torch.nn.functional.normalize(k, dim=-1)
 
 
+# Of o and of the state, relative, of all numbers together. The CUDA kernels multiply on tensor cores, for 16-bit inputs a
+# state of 10 mantissa bits, for float32 three products of such numbers.
+BOUNDS = {"float32": (1e-6, 1e-6), "bfloat16": (2.5e-3, 1e-6)}
+if not CPU:
+    BOUNDS = {"float32": (2e-6, 2e-6), "bfloat16": (2.5e-3, 1e-3)}
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("keys", ["positive", "near-repeated"])
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2.5e-3)])
-def test_errors_of_hard_keys(gate: str | None, keys: str, dtype: str, bound: float) -> None:
-    """Those for which powers of L explode. Errors are relative, of all numbers together."""
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_errors_of_hard_keys(gate: str | None, keys: str, dtype: str) -> None:
+    """Those for which powers of L explode, with beta up to 2."""
     x = inputs(gate=gate, B=1, T=300 if CPU else 130, K=128, V=128 if CPU else 32, HV=1, beta=2, dtype=dtype)
     gen = torch.Generator().manual_seed(0)
-    x["k"] = hard_keys(keys, x["k"].shape, gen).to(x["k"].dtype)
-    x["q"] = hard_keys(keys, x["k"].shape, gen).to(x["k"].dtype)
-    o, state = kk.delta_rule(**x)
-    exact, exact_state = RULE.reference(**x)
-    assert rmse(state, exact_state) < (1e-6 if CPU else bound)
-    assert rmse(o, exact) < bound
+    for name in ("k", "q"):
+        x[name] = hard_keys(keys, x[name].shape, gen).to(x[name].dtype)
+    for got, exact, bound in zip(kk.delta_rule(**x), RULE.reference(**x), BOUNDS[dtype]):
+        assert rmse(got, exact) < bound
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
@@ -192,7 +197,7 @@ def test_gates_of_all_strengths(gate: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "bound"),
-    [("substitution", 1e-6), ("blocked", 1e-6), ("blocked_bf16x3", 2e-5), ("blocked_tf32", 5e-3)],
+    [("substitution", 3e-7), ("blocked", 3e-7), ("blocked_bf16x3", 6e-5), ("blocked_tf32", 4e-3)],
 )
 @pytest.mark.parametrize("keys", ["positive", "near-repeated"])
 def test_errors_of_inverses(method: str, bound: float, keys: str) -> None:
