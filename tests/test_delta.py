@@ -161,8 +161,8 @@ def hard_keys(kind: str, shape: tuple[int, ...], gen: torch.Generator) -> Tensor
     return torch.nn.functional.normalize(k, dim=-1)
 
 
-# Of o and of the state, relative, of all numbers together. The CUDA kernels multiply on tensor cores, for 16-bit inputs a
-# state of 10 mantissa bits, for float32 three products of such numbers.
+# Of o and of the state, relative, of all numbers together. The CUDA kernels multiply on tensor cores: for 16-bit inputs
+# with a state of 10 mantissa bits, for float32 with three products of such numbers.
 BOUNDS = {"float32": (1e-6, 1e-6), "bfloat16": (2.5e-3, 1e-6)}
 if not CPU:
     BOUNDS = {"float32": (2e-6, 2e-6), "bfloat16": (2.5e-3, 1e-3)}
