@@ -176,6 +176,8 @@ def cases() -> list[dict[str, Any]]:
         {**base, "T": 5, "out": "each", "parents": (-1, 0, 0, 2, -1), "padded": True},
         {**base, "T": 4, "out": "each", "parents": (-1, 0, 1, 1), "gate": "channel", "dtype": "float32", "state":
          "bfloat16"},
+        {**base, "T": 3, "out": "each", "unkept": (0,), "dtype": "float32"},
+        {**base, "T": None, "out": "each", "unkept": (0,)},
         {**base, "B": 1, "H": 1, "HV": 1, "K": 256, "V": 256, "dtype": "float32"},
         {**base, "B": 1, "H": 1, "HV": 1, "K": 1, "V": 1, "dtype": "float32"},
         {**base, "B": 0},
@@ -184,9 +186,14 @@ def cases() -> list[dict[str, Any]]:
 
 
 def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """T: tokens, with that dim; state: dtype of the pool, whose slots that are not read hold NaN; fused: a gate with
-    this lower_bound, bias: and dt_bias; padded: the middle row is none; out: "last" or "each" token to slots of its
-    own; pool "gaps": something between slots. See _delta.random_inputs for the rest."""
+    """Keys of a case beside those of _delta.random_inputs:
+
+    T            tokens, with that dim
+    state        dtype of the pool, whose slots that are not read hold NaN; pool "gaps": something between slots
+    fused, bias  a gate with this lower_bound; with dt_bias
+    padded       the middle row is none
+    out          "last" or "each" token to slots of its own; unkept: "each" but these, the last to where it was read
+    """
     gen = torch.Generator().manual_seed(seed)
     B, HV, K, V = (case[n] for n in ("B", "HV", "K", "V"))
     T = case.get("T")
@@ -206,6 +213,9 @@ def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str
         options["out_slots"] = rest[:B].clone()
     elif case.get("out"):
         options["out_slots"] = rest[: B * (T or 1)].view(B, -1).clone()
+        if "unkept" in case:
+            options["out_slots"][:, -1] = slots
+            options["out_slots"][:, case["unkept"]] = -1
     if "parents" in case:
         options["parents"] = torch.tensor(case["parents"], dtype=torch.int32).repeat(B, 1)
     if "fused" in case:
