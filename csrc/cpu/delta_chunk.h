@@ -1,23 +1,14 @@
-// A chunk of the delta rule in fp32, up to where the state comes in: rows of keys and queries, decays, L and P (delta.h).
-// The forward pass and the backward pass both begin with it.
+// A chunk of the delta rule in fp32, up to where the state comes in: rows of keys and queries, decays, L and P
+// (delta.h). The forward pass and the backward pass both begin with it.
 #pragma once
 #include "cpu/arena.h"
-#include "cpu/delta_rows.h"
+#include "cpu/delta_tasks.h"
 #include "cpu/matmul.h"
 
 KK_BEGIN
 
 constexpr int64_t kDeltaPanel = 64;  // columns of a state that are worked on together: [K][64] of it stay in L1
 constexpr int64_t kDeltaBlock = 16;  // tokens whose mutual decays per channel are formed pair by pair
-
-// Where sequence n is.
-struct DeltaSequence {
-  int64_t batch, begin, end;
-  DeltaSequence(const DeltaInputs& p, int64_t n)
-      : batch(p.cu_seqlens ? 0 : n),
-        begin(p.cu_seqlens ? p.cu_seqlens[n] : 0),
-        end(p.cu_seqlens ? p.cu_seqlens[n + 1] : p.T) {}
-};
 
 // A row of n elements, and zeros up to `ld`.
 inline void load_padded_row(const DeltaRows& x, int64_t batch, int64_t token, int64_t head, int64_t n, int64_t ld,
@@ -31,15 +22,15 @@ inline void row_times(const float* x, const float* f, int64_t n, float* y) {
   for (int64_t i = 0; i < n; i += F::W) (F::load(x + i) * F::load(f + i)).store(y + i);
 }
 
-// What a chunk of one key head is to all its value heads. Matrices of tokens have `C` rows, those beyond `tokens` zero up to
-// a multiple of 16 in k; rows of channels are `ld` long, zero beyond K.
+// What a chunk of one key head is to all its value heads. Matrices of tokens have `C` rows, those beyond `tokens` zero
+// up to a multiple of 16 in k; rows of channels are `ld` long, zero beyond K.
 struct DeltaKeys {
   int64_t C, K, ld, tokens = 0;
   float *k, *q;                // [C][ld] k after l2norm, q as it was given
   float *k_factor, *q_factor;  // [C] what l2norm multiplies k and q by, or 1
   float* k_square;             // [C] sum k^2, for kaczmarz only
   float* k_t;                  // [ld][C] transposed
-  float *kk, *qk;  // [C][C] K K^T without erase, Q K^T; one gate per head only; blocks of 16 at and below the diagonal
+  float *kk, *qk;              // [C][C] K K^T (without erase), Q K^T in lower blocks of 16; one gate per head only
 
   DeltaKeys(const DeltaInputs& p, Arena& arena) : C(p.chunk), K(p.K), ld(round_up(p.K, 16)) {
     k = arena.take<float>(C * ld);

@@ -1,10 +1,13 @@
-// One task: a sequence, a key head and some of its lanes. A lane is a value head and a panel of 64 columns of V; columns of
-// a state never meet, so that one head can be split over threads, and no bit depends on how.
+// One task: a sequence, a key head and some of its lanes. A lane is a value head and a panel of 64 columns of V;
+// columns of a state never meet, so that one head can be split over threads, and no bit depends on how.
 #include "kvkernels/ops/delta_rule.h"
 
+#include "cpu/delta_ahead.h"
 #include "cpu/delta_chunk.h"
 #include "cpu/delta_token.h"
 #include "cpu/entry.h"
+#include "cpu/isa.h"
+#include "cpu/matmul_bf16.h"
 
 KK_BEGIN
 
@@ -25,8 +28,8 @@ Plan plan_of(const DeltaRuleParams& p, const CpuExec& exec) {
   int64_t tokens = 0, longest = 0;
   for (int64_t n = 0; n < in.N; ++n) {
     const DeltaSequence s(in, n);
-    tokens += s.end - s.begin;
-    if (s.end - s.begin > longest) longest = s.end - s.begin;
+    tokens += s.tokens();
+    if (s.tokens() > longest) longest = s.tokens();
   }
   // Each part forms the products among keys again. No task should be more than a fourth of a thread's share ...
   plan.parts = 1;
@@ -46,22 +49,17 @@ struct Room {
   DeltaHead head;
   float *n, *o, *row;  // [C][64], [C][64], [64]
   float* states;       // of the lanes of a task, [K][64] each
+  uint32_t* words;     // [K / 2][64] a state in pairs of bf16 rows; null where queries are not bf16 as they are
 
   Room(const DeltaRuleParams& p, const Plan& plan, Arena& arena) : keys(p.in, arena), head(p.in, arena) {
     n = arena.take<float>(p.in.chunk * kDeltaPanel);
     o = arena.take<float>(p.in.chunk * kDeltaPanel);
     row = arena.take<float>(kDeltaPanel);
+    words = nullptr;
+    if (p.in.q.p && p.in.q.dtype == DType::bf16 && !p.in.vector_gate && p.in.K % 2 == 0 && cpu::has_avx512bf16())
+      words = arena.take<uint32_t>(p.in.K / 2 * kDeltaPanel);
     states = arena.take<float>((plan.lanes + plan.parts - 1) / plan.parts * p.in.K * kDeltaPanel);
   }
-};
-
-struct Job {
-  const DeltaRuleParams* p;
-  Plan plan;
-  const int32_t* order;  // sequences, long ones first
-  uint8_t* rooms;
-  int64_t room_bytes;
-  int64_t next;
 };
 
 // A value head's columns [from, to).
@@ -93,38 +91,84 @@ void write_state(const DeltaRuleParams& p, const float* S, const Lane& lane, flo
     memcpy(y + c * p.in.V, S + c * kDeltaPanel, static_cast<size_t>(lane.to - lane.from) * 4);
 }
 
+// n <- w - e_factor n, rows of one lane.
+void form_rows(const DeltaInputs& in, const DeltaHead& head, const DeltaSequence& s, int64_t begin, int64_t tokens,
+               const Lane& lane, float* row, float* n) {
+  const int64_t columns = lane.to - lane.from;
+  with_dtype(in.v.dtype, [&](auto type) {
+    for (int64_t i = 0; i < tokens; ++i, n += kDeltaPanel) {
+      const F beta = F::fill(head.beta[i]), minus = F::fill(-head.e_factor[i]);
+      const auto add = [&](F w, int64_t c) { fma(minus, F::load(n + c), beta * w).store(n + c); };
+      if (columns == kDeltaPanel && !in.write.p) {
+        const uint8_t* v = delta_row(in.v, s.batch, begin + i, lane.head) + lane.from * kElementBytes<type.value>;
+        for (int64_t c = 0; c < kDeltaPanel; c += F::W) add(load<type.value>(v + c * kElementBytes<type.value>), c);
+        continue;
+      }
+      load_columns(in.v, s.batch, begin + i, lane.head, lane.from, lane.to, row);
+      if (in.write.p) {
+        alignas(64) float write[kDeltaPanel];
+        load_columns(in.write, s.batch, begin + i, lane.head, lane.from, lane.to, write);
+        row_times(row, write, columns, row);
+      }
+      for (int64_t c = 0; c < columns; c += F::W) add(F::load(row + c), c);
+    }
+  });
+}
+
+void write_rows(const DeltaRuleParams& p, const DeltaSequence& s, int64_t begin, int64_t tokens, const Lane& lane,
+                const float* o) {
+  const int64_t columns = lane.to - lane.from, stride = p.in.HV * p.in.V;
+  with_dtype(p.in.q.dtype, [&](auto type) {
+    constexpr int64_t element = kElementBytes<type.value>;
+    uint8_t* y =
+        static_cast<uint8_t*>(p.o) + ((s.batch * p.in.T + begin) * stride + lane.head * p.in.V + lane.from) * element;
+    for (int64_t i = 0; i < tokens; ++i, o += kDeltaPanel, y += stride * element) {
+      if (columns == kDeltaPanel)
+        store_row<type.value>(o, kDeltaPanel, y);
+      else
+        store_row<type.value>(o, columns, y);
+    }
+  });
+}
+
+// o = q S of one lane.
+void query_state(const DeltaInputs& in, const Room& room, const DeltaSequence& s, int64_t begin, const Lane& lane,
+                 const float* S) {
+  const int64_t tokens = room.keys.tokens;
+  [[maybe_unused]] const uint8_t* q = delta_row(in.q, s.batch, begin, lane.head / (in.HV / in.H));
+#if defined(__AVX512F__)
+  if (room.words) {
+    bf16_words(S, in.K, room.words);
+    bf16_matmul(tokens, in.K, reinterpret_cast<const uint16_t*>(q), in.q.token, room.words, room.o);
+    return;
+  }
+#endif
+  matmul(tokens, lane.to - lane.from, in.K, {room.head.q, room.keys.ld, 1}, S, kDeltaPanel, room.o, kDeltaPanel);
+}
+
 // The tokens of room.keys on one lane's state.
 void chunk_step(const DeltaRuleParams& p, const Room& room, const DeltaSequence& s, int64_t begin, const Lane& lane,
-                float* S) {
+                const DeltaAhead& ahead, float* S) {
   const DeltaInputs& in = p.in;
   const DeltaHead& head = room.head;
-  const int64_t C = room.keys.C, ld = room.keys.ld, tokens = room.keys.tokens, columns = lane.to - lane.from;
+  const int64_t C = room.keys.C, tokens = room.keys.tokens, columns = lane.to - lane.from;
   float *N = room.n, *o = room.o;
 
-  matmul(tokens, columns, in.K, {head.e, ld, 1}, S, kDeltaPanel, N, kDeltaPanel);
-  for (int64_t i = 0; i < tokens; ++i) {
-    float* n = N + i * kDeltaPanel;
-    const F beta = F::fill(head.beta[i]), minus = F::fill(-head.e_factor[i]);
-    load_columns(in.v, s.batch, begin + i, lane.head, lane.from, lane.to, room.row);
-    if (in.write.p) {
-      alignas(64) float write[kDeltaPanel];
-      load_columns(in.write, s.batch, begin + i, lane.head, lane.from, lane.to, write);
-      row_times(room.row, write, columns, room.row);
-    }
-    for (int64_t c = 0; c < columns; c += F::W) fma(minus, F::load(n + c), beta * F::load(room.row + c)).store(n + c);
-  }
+  ahead.take(0);
+  matmul(tokens, columns, in.K, {head.e, room.keys.ld, 1}, S, kDeltaPanel, N, kDeltaPanel);
+  form_rows(in, head, s, begin, tokens, lane, room.row, N);
+  ahead.take(1);
   triangle_solve<Part::solve_lower>(tokens, columns, {head.minus_l, C, 1}, N, kDeltaPanel);
-
+  ahead.take(2);
   if (p.o) {
-    matmul(tokens, columns, in.K, {head.q, ld, 1}, S, kDeltaPanel, o, kDeltaPanel);
+    query_state(in, room, s, begin, lane, S);
     triangle_matmul<Part::lower>(tokens, columns, {head.p, C, 1}, N, kDeltaPanel, o, kDeltaPanel, Start::scaled,
                                  head.q_factor);
-    for (int64_t i = 0; i < tokens; ++i)
-      store_row(in.q.dtype, o + i * kDeltaPanel, columns, p.o,
-                ((s.batch * in.T + begin + i) * in.HV + lane.head) * in.V + lane.from);
+    write_rows(p, s, begin, tokens, lane, o);
   }
-
-  for (int64_t i = 0; i < tokens; ++i) scale_row(N + i * kDeltaPanel, head.tail[i], columns);
+  ahead.take(3);
+  if (in.g.p && !in.vector_gate)
+    for (int64_t i = 0; i < tokens; ++i) scale_row(N + i * kDeltaPanel, head.tail[i], kDeltaPanel);
   matmul(in.K, columns, tokens, {head.keys_t, C, 1}, N, kDeltaPanel, S, kDeltaPanel, Start::scaled, head.whole);
 }
 
@@ -144,7 +188,9 @@ void run_task(const DeltaRuleParams& p, const Plan& plan, Room& room, int64_t n,
         delta_tokens(p.in, s.batch, begin, end, lane.head, lane.from, lane.to, state(l), kDeltaPanel, p.o);
       } else {
         if (l == first_lane || lane.from == 0) room.head.form(p.in, room.keys, s, begin, lane.head);
-        chunk_step(p, room, s, begin, lane, state(l));
+        chunk_step(p, room, s, begin, lane,
+                   DeltaAhead(p.in, s, end, lane.head, lane.from, lane.to, l - first_lane, end_lane - first_lane),
+                   state(l));
       }
       if (p.checkpoints && done % p.checkpoint_every == 0)
         write_state(p, state(l), lane, p.checkpoints,
@@ -154,39 +200,6 @@ void run_task(const DeltaRuleParams& p, const Plan& plan, Room& room, int64_t n,
   if (p.final_state)
     for (int64_t l = first_lane; l < end_lane; ++l)
       write_state(p, state(l), Lane(p, plan, key_head, l), p.final_state, n);
-}
-
-void work(Job& job, int64_t thread) {
-  const FlushDenormals flush;
-  const DeltaInputs& in = job.p->in;
-  const Plan& plan = job.plan;
-  Arena arena{job.rooms + thread * job.room_bytes};
-  Room room(*job.p, plan, arena);
-  for (;;) {
-    const int64_t task = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
-    if (task >= plan.tasks) return;
-    const int64_t part = task % plan.parts, head = task / plan.parts % in.H;
-    run_task(*job.p, plan, room, job.order[task / plan.parts / in.H], head, plan.lanes * part / plan.parts,
-             plan.lanes * (part + 1) / plan.parts);
-  }
-}
-
-int bit_length(int64_t x) { return x > 0 ? 64 - __builtin_clzll(static_cast<unsigned long long>(x)) : 0; }
-
-// Numbers of sequences by falling bit length of their token counts.
-void long_first(const DeltaInputs& p, int32_t* order) {
-  int64_t at[65] = {};
-  const auto bucket = [&](int64_t n) {
-    const DeltaSequence s(p, n);
-    return 64 - bit_length(s.end - s.begin);
-  };
-  for (int64_t n = 0; n < p.N; ++n) ++at[bucket(n)];
-  for (int64_t b = 0, sum = 0; b < 65; ++b) {
-    const int64_t count = at[b];
-    at[b] = sum;
-    sum += count;
-  }
-  for (int64_t n = 0; n < p.N; ++n) order[at[bucket(n)]++] = static_cast<int32_t>(n);
 }
 
 // What belongs to no sequence.
@@ -229,12 +242,16 @@ void delta_rule_cpu(const DeltaRuleParams& p, const CpuExec& exec) {
   Room(p, plan, room);
   long_first(p.in, order);
   write_zeros(p);
-  Job job{&p, plan, order, arena.base + arena.used, room.used, 0};
-  if (plan.threads <= 1) {
-    work(job, 0);
-    return;
-  }
-  exec.run(static_cast<int>(plan.threads), [](void* arg, int i) { work(*static_cast<Job*>(arg), i); }, &job);
+  uint8_t* const rooms = arena.base + arena.used;
+  share_tasks(exec, plan.threads, plan.tasks, [&](int thread, const auto& next) {
+    Arena own{rooms + thread * room.used};
+    Room mine(p, plan, own);
+    for (int64_t task; next(task);) {
+      const int64_t part = task % plan.parts, head = task / plan.parts % p.in.H;
+      run_task(p, plan, mine, order[task / plan.parts / p.in.H], head, plan.lanes * part / plan.parts,
+               plan.lanes * (part + 1) / plan.parts);
+    }
+  });
 }
 
 KK_END

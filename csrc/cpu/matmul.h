@@ -1,9 +1,9 @@
-// fp32 matrix products for matrices that lie in L1 and L2: tiles of 6 rows and 4 vectors stay in registers (2 vectors where
-// there are 16 registers), the left matrix is broadcast, the right one is loaded along its rows.
+// fp32 matrix products for matrices that lie in L1 and L2: tiles of 6 rows and 4 vectors stay in registers (2 vectors
+// where there are 16 registers), the left matrix is broadcast, the right one is loaded along its rows.
 //
-// Every element of a result is one chain of fused multiply-adds in the order of the inner index, whatever tile it falls in:
-// its bits do not depend on how many rows or columns there are. Columns are taken in whole vectors: rows of the right matrix
-// and of the result must be readable and writable up to a multiple of F::W.
+// Every element of a result is one chain of fused multiply-adds in the order of the inner index, whatever tile it falls
+// in: its bits do not depend on how many rows or columns there are. Columns are taken in whole vectors: rows of the
+// right matrix and of the result must be readable and writable up to a multiple of F::W.
 #pragma once
 #include "cpu/simd.h"
 #include "kvkernels/core/one_of.h"
@@ -18,12 +18,12 @@ struct Left {
   Left from_col(int64_t p) const { return {at + p * col, row, col}; }
 };
 
-// What products are added to: 0, the result as it is, or that times a factor per row; apart: to 0, their sum to the result.
-enum class Start { zero, add, scaled, apart };
+// What products are added to: 0, the result as it is, or that times a factor per row.
+enum class Start { zero, add, scaled };
 
 // The part of the left matrix that is used, all of it or a triangle. The solves take a right matrix that is the result
-// itself, rows in the order in which they become known: C_i += sum_p A_ip C_p over p < i or p > i. With A = -L, L strictly
-// lower triangular, that is C <- (I + L)^-1 C, and with A = -L^T, C <- (I + L)^-T C.
+// itself, rows in the order in which they become known: C_i += sum_p A_ip C_p over p < i or p > i. With A = -L, L
+// strictly lower triangular, that is C <- (I + L)^-1 C, and with A = -L^T, C <- (I + L)^-T C.
 enum class Part { all, lower, upper, solve_lower, solve_upper };
 
 #if defined(__AVX512F__)
@@ -32,8 +32,8 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
-// Rows of the tile are rows of `a` and `c`; the inner index runs over [begin, end). The triangle of a tile lies at the inner
-// indices [diagonal, diagonal + R): after [begin, end) for `lower` and the solves, before it for `upper`.
+// Rows of the tile are rows of `a` and `c`; the inner index runs over [begin, end). The triangle of a tile lies at the
+// inner indices [diagonal, diagonal + R): after [begin, end) for `lower` and the solves, before it for `upper`.
 template <int R, int N, Part part>
 [[gnu::noinline]] void tile(Left a, int64_t begin, int64_t end, int64_t diagonal, const float* b, int64_t ldb, float* c,
                             int64_t ldc, Start start, const float* factor) {
@@ -42,7 +42,7 @@ template <int R, int N, Part part>
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      acc[r][j] = start == Start::zero || start == Start::apart ? F::zero() : F::load(c + r * ldc + j * F::W);
+      acc[r][j] = start == Start::zero ? F::zero() : F::load(c + r * ldc + j * F::W);
       if (start == Start::scaled) acc[r][j] = acc[r][j] * F::fill(factor[r]);
     }
   if constexpr (part == Part::upper) {
@@ -94,10 +94,7 @@ template <int R, int N, Part part>
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      if (start == Start::apart) acc[r][j] = F::load(c + r * ldc + j * F::W) + acc[r][j];
-      acc[r][j].store(c + r * ldc + j * F::W);
-    }
+    for (int j = 0; j < N; ++j) acc[r][j].store(c + r * ldc + j * F::W);
 }
 
 // f(Int<R>{}, row) for blocks of R rows that cover m: of 4 to 6 rows where there are as many.
@@ -117,14 +114,15 @@ inline void row_tiles(int64_t m, G&& f) {
     }
   }
 }
-// f(Int<N>{}, column) for blocks of N vectors that cover n columns.
-template <typename G>
+// f(Int<N>{}, column) for blocks of N vectors, `most` or fewer, that cover n columns.
+template <int most = kTileVectors, typename G>
 inline void vector_tiles(int64_t n, G&& f) {
   int64_t j = 0;
-  if constexpr (kTileVectors == 4)
+  if constexpr (most >= 4)
     for (; n - j > 3 * F::W; j += 4 * F::W) f(Int<4>{}, j);
-  for (; n - j > F::W; j += 2 * F::W) f(Int<2>{}, j);
-  if (j < n) f(Int<1>{}, j);
+  if constexpr (most >= 2)
+    for (; n - j > F::W; j += 2 * F::W) f(Int<2>{}, j);
+  for (; j < n; j += F::W) f(Int<1>{}, j);
 }
 
 // C [m, n] (+)= A [m, k] B [k, n].
@@ -138,13 +136,53 @@ inline void matmul(int64_t m, int64_t n, int64_t k, Left a, const float* b, int6
   });
 }
 
-// C [m, n] = A [m, k] B [k, n], the products of every 16 inner indices summed apart: long sums of one sign round less. For
-// products among keys, whose errors (I + L)^-1 multiplies where keys are alike: with positive keys, K = 128, beta in [1, 2]
-// and no decay it takes the error of a state after 130 tokens from 1.7e-6 to 0.7e-6.
+// Rows of the tile of C = A B, the products of every 16 inner indices summed apart.
+template <int R, int N>
+[[gnu::noinline]] void careful_tile(Left a, int64_t k, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  F sum[R][N];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) sum[r][j] = F::zero();
+  const float* x = a.at;
+  for (int64_t from = 0; from < k; from += 16) {
+    F acc[R][N];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) acc[r][j] = F::zero();
+    for (int64_t p = from; p < k && p < from + 16; ++p, x += a.col, b += ldb) {
+      F v[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) v[j] = F::load(b + j * F::W);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const F f = F::fill(x[r * a.row]);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) acc[r][j] = fma(f, v[j], acc[r][j]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sum[r][j] = sum[r][j] + acc[r][j];
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) sum[r][j].store(c + r * ldc + j * F::W);
+}
+
+// C [m, n] = A [m, k] B [k, n], the products of every 16 inner indices summed apart: long sums of one sign round less.
+// For products among keys, whose errors (I + L)^-1 multiplies where keys are alike: with positive keys, K = 128, beta
+// in [1, 2] and no decay it takes the error of a state after 130 tokens from 1.7e-6 to 0.7e-6.
 inline void careful_matmul(int64_t m, int64_t n, int64_t k, Left a, const float* b, int64_t ldb, float* c,
                            int64_t ldc) {
-  for (int64_t p = 0; p == 0 || p < k; p += 16)
-    matmul(m, n, k - p < 16 ? k - p : 16, a.from_col(p), b + p * ldb, ldb, c, ldc, p ? Start::apart : Start::zero);
+  vector_tiles<kTileVectors / 2>(n, [&](auto N, int64_t j) {
+    row_tiles(m, [&](auto R, int64_t i) {
+      careful_tile<R.value, N.value>(a.from_row(i), k, b + j, ldb, c + i * ldc + j, ldc);
+    });
+  });
 }
 
 // The same with a triangle of a square A [m, m], its diagonal included: only p <= i (lower) or p >= i (upper) is read.
@@ -175,8 +213,8 @@ inline void triangle_solve(int64_t m, int64_t n, Left a, float* c, int64_t ldc) 
   });
 }
 
-// The blocks of C [m, n] = A [m, k] B [k, n] that touch its lower triangle, with careful_matmul: rows i get the columns below
-// the next multiple of `block` (of F::W) above i; the others are left as they are.
+// The blocks of C [m, n] = A [m, k] B [k, n] that touch its lower triangle, with careful_matmul: rows i get the columns
+// below the next multiple of `block` (of F::W) above i; the others are left as they are.
 inline void lower_blocks_matmul(int64_t m, int64_t k, int64_t block, Left a, const float* b, int64_t ldb, float* c,
                                 int64_t ldc) {
   for (int64_t i = 0; i < m; i += block)
