@@ -26,7 +26,7 @@ def tril_inverse(A: Tensor, *, method: str = "blocked") -> Tensor:
             bits; "blocked_bf16x3": operands as two bfloat16 terms, the product of the small ones left out
 
     Returns [..., n, n] contiguous in A's dtype, zeros above the diagonal; sums are float32. For 64 keys that all but
-    repeat, or are all positive, and beta 1 to 2, the error relative to the inverse is below 3e-7 ("substitution",
+    repeat, or are all positive, and beta 1 to 2, the error relative to the inverse is below 1e-6 ("substitution",
     "blocked"), 6e-5 ("blocked_bf16x3") and 4e-3 ("blocked_tf32"): no powers of A are formed, which grow without bound
     where the inverse does not. The gradient is that of A's lower part. ValueError: shapes or dtypes that do not fit, an
     unknown method.
