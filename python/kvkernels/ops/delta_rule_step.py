@@ -191,7 +191,7 @@ def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str
     T            tokens, with that dim
     state        dtype of the pool, whose slots that are not read hold NaN; pool "gaps": something between slots
     fused, bias  a gate with this lower_bound; with dt_bias
-    padded       the middle row is none
+    padded       the middle row is none, and holds NaN
     out          "last" or "each" token to slots of its own; unkept: "each" but these, the last to where it was read
     """
     gen = torch.Generator().manual_seed(seed)
@@ -203,6 +203,9 @@ def make(case: dict[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str
     slots, rest = order[:B].clone(), order[B:]
     if case.get("padded"):
         slots[B // 2] = -1
+        for t in x.values():
+            if t is not None:
+                t[B // 2] = torch.nan
     pool = torch.full((num_slots, 2 if case.get("pool") == "gaps" else 1, HV, K, V), torch.nan,
                       dtype=getattr(torch, case.get("state", "float32")))[:, 0]  # fmt: skip
     for slot in slots.tolist():
