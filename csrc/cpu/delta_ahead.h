@@ -6,7 +6,18 @@
 
 KK_BEGIN
 
-// The functions are inlined or lost: GCC drops calls of functions that only prefetch.
+// Elements [from, to) of rows of share `share` of `shares` of `tokens` tokens from `begin` on. Inlined or lost: GCC drops calls
+// of functions that only prefetch.
+[[gnu::always_inline]] inline void ask_for_rows(const DeltaRows& x, int64_t batch, int64_t begin, int64_t tokens,
+                                                int64_t head, int64_t share, int64_t shares, int64_t from, int64_t to) {
+  if (!x.p) return;
+  const int64_t element = x.dtype == DType::f32 ? 4 : 2;
+  for (int64_t i = tokens * share / shares; i < tokens * (share + 1) / shares; ++i) {
+    const uint8_t* row = delta_row(x, batch, begin + i, head);
+    for (int64_t byte = from * element; byte < to * element; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
 class DeltaAhead {
  public:
   // Columns [from, to) of value head `head`, chunk from token `begin` on. Rows of the key head are asked for by all
@@ -31,15 +42,9 @@ class DeltaAhead {
   static constexpr int64_t kSteps = 4;
 
  private:
-  // Elements [from, to) of share `share` of `shares` of the tokens.
   [[gnu::always_inline]] void rows(const DeltaRows& x, int64_t head, int64_t share, int64_t shares, int64_t from,
                                    int64_t to) const {
-    if (!x.p) return;
-    const int64_t element = x.dtype == DType::f32 ? 4 : 2;
-    for (int64_t i = tokens_ * share / shares; i < tokens_ * (share + 1) / shares; ++i) {
-      const uint8_t* row = delta_row(x, batch_, begin_ + i, head);
-      for (int64_t byte = from * element; byte < to * element; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-    }
+    ask_for_rows(x, batch_, begin_, tokens_, head, share, shares, from, to);
   }
   const DeltaInputs& in_;
   int64_t batch_, begin_, head_, from_, to_, lane_, lanes_, tokens_;

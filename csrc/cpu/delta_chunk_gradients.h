@@ -3,6 +3,7 @@
 // it is, but for matrices of a chunk's size. Rows [from, to) of states and columns [from, to) of V may be worked on apart:
 // only gradients() sums over V.
 #pragma once
+#include "cpu/delta_ahead.h"
 #include "cpu/delta_chunk.h"
 #include "cpu/delta_gate_gradients.h"
 #include "kvkernels/ops/delta_rule_backward.h"
@@ -84,9 +85,15 @@ class DeltaChunkGradients {
   // N [C][ldv] of a chunk from the state S before it, and unless `next` is null the state after it; `next` may be S.
   void forwards(const DeltaSequence& s, int64_t at, int64_t head, int64_t from, int64_t to, const float* S, float* N,
                 float* next) {
+    const int64_t group = in_.HV / in_.H;
+    const DeltaAhead ahead(no_q_, s, at + z_.C, head, from, to, head % group, group);
+    ahead.take(0);
     state_head_.form(no_q_, state_keys_, s, at, head);
+    ahead.take(1);
     solve(s, at, head, from, to, S, N);
+    ahead.take(2);
     if (next) advance(from, to, S, N, next);
+    ahead.take(3);
   }
 
   // ---- backwards
@@ -134,7 +141,9 @@ class DeltaChunkGradients {
                  const float* rows) {
     const int64_t C = z_.C, ld = z_.ld, ldv = z_.ldv, n = keys_.tokens;
     const float *dR = rows, *dO = rows + n * ldv;
+    ask_for_chunk_before(s, at, head, 0);
     value_gradients(s, at, head, dR);
+    ask_for_chunk_before(s, at, head, 1);
 
     transpose(round_up(n, 16), ldv, N, ldv, turned_, C);
     lower_blocks_matmul(n, z_.V, 16, {dR, ldv, 1}, turned_, C, dL_, C);
@@ -144,7 +153,9 @@ class DeltaChunkGradients {
       clear_above(dP_, 1);
     }
     float *de = d_rows_, *dq = has_out_ ? d_rows_ + n * ld : nullptr;
+    ask_for_chunk_before(s, at, head, 2);
     matmul(has_out_ ? 2 * n : n, ld, z_.V, {rows, ldv, 1}, S, ld, d_rows_, ld);
+    ask_for_chunk_before(s, at, head, 3);
     matmul(n, ld, z_.V, {N, ldv, 1}, dS, ld, d_keys_, ld);
     if (p_.dg) state_gate(S, dS);
 
@@ -207,6 +218,31 @@ class DeltaChunkGradients {
   static DeltaInputs without_q(DeltaInputs in) {
     in.q.p = nullptr;
     return in;
+  }
+
+  // A fourth of the rows that the chunk before this one reads and writes.
+  [[gnu::always_inline]] void ask_for_chunk_before(const DeltaSequence& s, int64_t at, int64_t head,
+                                                   int64_t step) const {
+    if (at - z_.C < s.begin) return;
+    const auto ask = [&](const DeltaRows& x, int64_t h, int64_t n) __attribute__((always_inline)) {
+      ask_for_rows(x, s.batch, at - z_.C, z_.C, h, step, 4, 0, n);
+    };
+    const auto ask_for_result =
+        [&](void* p, int64_t heads, int64_t h, int64_t n, DType type)
+            __attribute__((always_inline)) { ask({p, in_.T * heads * n, heads * n, n, type}, h, n); };
+    ask(in_.v, head, z_.V);
+    ask(p_.d_out, head, z_.V);
+    ask_for_result(p_.dv, in_.HV, head, z_.V, in_.v.dtype);
+    if (in_.vector_gate) {
+      ask(in_.g, head, z_.K);
+      ask_for_result(p_.dg, in_.HV, head, z_.K, DType::f32);
+    }
+    const int64_t group = in_.HV / in_.H, key_head = head / group;
+    if (head % group) return;
+    ask(in_.q, key_head, z_.K);
+    ask(in_.k, key_head, z_.K);
+    ask_for_result(p_.dq, in_.H, key_head, z_.K, in_.q.dtype);
+    ask_for_result(p_.dk, in_.H, key_head, z_.K, in_.k.dtype);
   }
 
   // Columns [from, to) of a row, zeros beyond V.
