@@ -97,17 +97,40 @@ __global__ __launch_bounds__(kDeltaThreads) void delta_intra_kernel(DeltaInputs 
   // e k^T and q k^T, the decays of the channels included
   for (int c0 = 0; c0 < K; c0 += kIntraSlice) {
     __syncthreads();
-    for (int i = threadIdx.x; i < C * kIntraSlice; i += kDeltaThreads) {
-      const int row = i / kIntraSlice, c = i % kIntraSlice, at = row * kIntraSliceLd + c, channel = c0 + c;
+    for (int u = threadIdx.x; u < C * kIntraSlice / 8; u += kDeltaThreads) {
+      const int row = u / (kIntraSlice / 8), c = u % (kIntraSlice / 8) * 8, at = row * kIntraSliceLd + c;
       const int64_t token = chunk.first + row;
-      const bool exists = row < chunk.rows && channel < K;
-      const auto store = [&](float* to, float x) { to[at] = PerChannel ? x : operand<O>(x); };
-      const float key = exists ? row_of(p.k, chunk.b, token, key_head)[channel] * factors[kKeyNorm * C + row] : 0.0f;
-      store(k, key);
-      if (own_e) store(e, exists && p.erase.p ? key * row_of(p.erase, chunk.b, token, first_head)[channel] : key);
-      if (has_q)
-        store(q, exists ? row_of(p.q, chunk.b, token, key_head)[channel] * factors[kQueryNorm * C + row] : 0.0f);
-      if (PerChannel) alpha[at] = exists ? expf(row_of(p.g, chunk.b, token, first_head)[channel]) : 1.0f;
+      // With gates per channel the slices are operands only after they were scaled.
+      constexpr Operands kStored = PerChannel ? Operands::fp32 : O;
+      float x[8] = {}, y[8] = {};
+      if (row < chunk.rows) {
+        read8(row_of(p.k, chunk.b, token, key_head), c0 + c, K, x);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) x[n] *= factors[kKeyNorm * C + row];
+        if (p.erase.p) read8(row_of(p.erase, chunk.b, token, first_head), c0 + c, K, y);
+      }
+      store8_operands<kStored>(k + at, x);
+      if (own_e) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) y[n] = p.erase.p ? x[n] * y[n] : x[n];
+        store8_operands<kStored>(e + at, y);
+      }
+      if (has_q) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) x[n] = 0.0f;
+        if (row < chunk.rows) read8(row_of(p.q, chunk.b, token, key_head), c0 + c, K, x);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) x[n] *= factors[kQueryNorm * C + row];
+        store8_operands<kStored>(q + at, x);
+      }
+      if (PerChannel) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) x[n] = 0.0f;
+        if (row < chunk.rows) read8(row_of(p.g, chunk.b, token, first_head), c0 + c, K, x);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) x[n] = expf(x[n]);
+        store8_operands<kStored>(alpha + at, x);
+      }
     }
     __syncthreads();
     if constexpr (PerChannel) {

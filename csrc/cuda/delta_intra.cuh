@@ -66,16 +66,6 @@ inline int64_t delta_intra_bytes(const DeltaInputs& p, bool keep_l = false) {
   return delta_begun_slots(p, p.chunk) * p.HV * floats * static_cast<int64_t>(sizeof(float));
 }
 
-// One channel's gates in 16 rows of a chunk; 1 past the last row and past the last channel.
-__device__ __forceinline__ void channel_gates(const DeltaInputs& p, const DeltaChunk& chunk, int64_t hv, int channel,
-                                              int first_row, float (&alpha)[16]) {
-#pragma unroll
-  for (int r = 0; r < 16; ++r) {
-    const bool exists = first_row + r < chunk.rows && channel < p.K;
-    alpha[r] = exists ? expf(row_of(p.g, chunk.b, chunk.first + first_row + r, hv)[channel]) : 1.0f;
-  }
-}
-
 // Fills `workspace`, delta_intra_bytes(p, keep_l) of it.
 DeltaIntra delta_intra(const DeltaInputs& p, void* workspace, const CudaExec& exec, bool keep_l = false);
 

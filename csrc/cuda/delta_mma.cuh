@@ -60,16 +60,24 @@ __device__ __forceinline__ void split(float (&x)[N], float (&small)[N]) {
   }
 }
 
-// f(row, column, x) for every element of c that this lane holds.
+// f(row, column, x, y) for every two neighbours in a row of c that this lane holds.
 template <int M, int N, typename F>
-__device__ __forceinline__ void each(float (&c)[M][N][4], F f) {
+__device__ __forceinline__ void each_pair(float (&c)[M][N][4], F f) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) f(16 * m + g + 8 * (i / 2), 8 * n + 2 * t + i % 2, c[m][n][i]);
+      for (int i = 0; i < 4; i += 2) f(16 * m + g + 4 * i, 8 * n + 2 * t, c[m][n][i], c[m][n][i + 1]);
+}
+// f(row, column, x) for every element of c that this lane holds.
+template <int M, int N, typename F>
+__device__ __forceinline__ void each(float (&c)[M][N][4], F f) {
+  each_pair(c, [&](int i, int j, float& x, float& y) {
+    f(i, j, x);
+    f(i, j + 1, y);
+  });
 }
 
 // c [16 M][8 N] += a [16 M][k] b [k][8 N], k a multiple of 8. Lane 4g + t holds rows g, g + 8 and columns 2t, 2t + 1 of

@@ -38,6 +38,34 @@ __device__ __forceinline__ void read8(const DeltaRow& row, int c, int width, flo
   for (int i = 0; i < 8; ++i) x[i] = c + i < width ? row[c + i] : 0.0f;
 }
 
+// Two neighbours of a row, read at once where they are a unit of memory; zero past `width`.
+__device__ __forceinline__ float2 read2(const DeltaRow& row, int c, int width) {
+  const int bytes = row.type == DType::f32 ? 4 : 2;
+  const uint8_t* from = static_cast<const uint8_t*>(row.p) + static_cast<int64_t>(c) * bytes;
+  if (c + 2 > width || reinterpret_cast<uintptr_t>(from) % (2 * bytes) != 0)
+    return make_float2(c < width ? row[c] : 0.0f, c + 1 < width ? row[c + 1] : 0.0f);
+  if (row.type == DType::f32) return *reinterpret_cast<const float2*>(from);
+  const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
+  const uint16_t halves[2] = {static_cast<uint16_t>(both), static_cast<uint16_t>(both >> 16)};
+  return make_float2(read_number(row.type, halves, 0), read_number(row.type, halves, 1));
+}
+// The same for writing numbers i and i + 1 of an array; the second one only if `both`.
+__device__ __forceinline__ void write2(DType type, void* p, int64_t i, float x, float y, bool both) {
+  const int bytes = type == DType::f32 ? 4 : 2;
+  uint8_t* to = static_cast<uint8_t*>(p) + i * bytes;
+  if (!both || reinterpret_cast<uintptr_t>(to) % (2 * bytes) != 0) {
+    write_number(type, p, i, x);
+    if (both) write_number(type, p, i + 1, y);
+  } else if (type == DType::f32) {
+    *reinterpret_cast<float2*>(to) = make_float2(x, y);
+  } else {
+    uint16_t halves[2];
+    write_number(type, halves, 0, x);
+    write_number(type, halves, 1, y);
+    *reinterpret_cast<uint32_t*>(to) = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+  }
+}
+
 // Tokens [begin, end) of batch row b.
 struct DeltaSequence {
   int64_t b, begin, end;

@@ -58,31 +58,44 @@ struct ChunkRows {
   __device__ __forceinline__ DeltaRow erase(int i) const { return row_of(p.erase, chunk.b, chunk.first + i, hv); }
   __device__ __forceinline__ float factor(DeltaFactor f, int i) const { return factors[f * p.chunk + i]; }
 
+  // One channel's gates in 16 rows into to[row * ld], 1 past the last row and the last channel; returns their product.
+  __device__ __forceinline__ float gates(float* to, int ld, int channel, int first_row) const {
+    float product = 1.0f;
+    if (first_row >= p.chunk) return product;
+#pragma unroll 4
+    for (int r = 0; r < 16; ++r) {
+      const bool exists = first_row + r < chunk.rows && channel < p.K;
+      const float alpha = exists ? expf(row_of(p.g, chunk.b, chunk.first + first_row + r, hv)[channel]) : 1.0f;
+      to[r * ld] = alpha;
+      product *= alpha;
+    }
+    return product;
+  }
+
   // Channels from c0 on of [k^; q^] (k with erase; with one gate per head without a_i), 16 rows of the one and of the
   // other in turn.
   __device__ __forceinline__ void lookups(float* work, int c0) const {
     const int K = static_cast<int>(p.K), C = static_cast<int>(p.chunk);
     if constexpr (PerChannel) {
       const int block = threadIdx.x / kSlice, c = threadIdx.x % kSlice, channel = c0 + c;
-      float alpha[16], run = 1.0f;
-      channel_gates(p, chunk, hv, channel, 16 * block, alpha);
-#pragma unroll
-      for (int r = 0; r < 16; ++r) run *= alpha[r];
-      totals[threadIdx.x] = run;
+      float* k_rows = work + 32 * block * kSliceLd + c;  // hold the gates first
+      totals[threadIdx.x] = gates(k_rows, kSliceLd, channel, 16 * block);
       __syncthreads();
-      run = 1.0f;
-      for (int b = 0; b < block; ++b) run *= totals[b * kSlice + c];
       if (16 * block >= C) return;
-#pragma unroll
+      float run = 1.0f;
+      for (int b = 0; b < block; ++b) run *= totals[b * kSlice + c];
+#pragma unroll 4
       for (int r = 0; r < 16; ++r) {
         const int i = 16 * block + r;
-        const bool exists = i < chunk.rows && channel < K;
-        run *= alpha[r];
-        float k = exists ? key(i)[channel] * factor(kKeyNorm, i) : 0.0f;
-        if (exists && p.erase.p) k *= erase(i)[channel];
-        const float q = exists && p.q.p ? query(i)[channel] * factor(kQueryNorm, i) : 0.0f;
-        work[(32 * block + r) * kSliceLd + c] = operand<O>(k * run);
-        work[(32 * block + 16 + r) * kSliceLd + c] = operand<O>(q * run);
+        float k = 0.0f, q = 0.0f;
+        if (i < chunk.rows && channel < K) {
+          k = key(i)[channel] * factor(kKeyNorm, i);
+          if (p.erase.p) k *= erase(i)[channel];
+          if (p.q.p) q = query(i)[channel] * factor(kQueryNorm, i);
+        }
+        run *= k_rows[r * kSliceLd];
+        k_rows[r * kSliceLd] = operand<O>(k * run);
+        k_rows[(16 + r) * kSliceLd] = operand<O>(q * run);
       }
     } else {
       for (int u = threadIdx.x; u < 2 * C * (kSlice / 8); u += kDeltaThreads) {
@@ -112,25 +125,23 @@ struct ChunkRows {
     if constexpr (PerChannel) {
       for (int part = 0; part < kWideSlice; part += kSlice) {
         const int block = threadIdx.x / kSlice, c = threadIdx.x % kSlice, channel = c0 + part + c;
-        float alpha[16], run = 1.0f;
-        channel_gates(p, chunk, hv, channel, 16 * block, alpha);
-#pragma unroll
-        for (int r = 0; r < 16; ++r) run *= alpha[r];
+        float* k_rows = work + 16 * block * kWideSliceLd + part + c;
+        const float product = gates(k_rows, kWideSliceLd, channel, 16 * block);
         __syncthreads();
-        totals[threadIdx.x] = run;
+        totals[threadIdx.x] = product;
         __syncthreads();
         if (block == 0)
-          decay[c0 + part + c] = totals[c] * totals[kSlice + c] * totals[2 * kSlice + c] * totals[3 * kSlice + c];
-        run = 1.0f;
-        for (int b = 3; b > block; --b) run *= totals[b * kSlice + c];
+          decay[channel] = totals[c] * totals[kSlice + c] * totals[2 * kSlice + c] * totals[3 * kSlice + c];
         if (16 * block >= C) continue;
-#pragma unroll
+        float run = 1.0f;
+        for (int b = 3; b > block; --b) run *= totals[b * kSlice + c];
+#pragma unroll 4
         for (int r = 15; r >= 0; --r) {
           const int i = 16 * block + r;
-          const bool exists = i < chunk.rows && channel < K;
-          const float k = exists ? key(i)[channel] * factor(kKeyNorm, i) : 0.0f;
-          work[i * kWideSliceLd + part + c] = operand<O>(k * run);
-          run *= alpha[r];
+          const float k = i < chunk.rows && channel < K ? key(i)[channel] * factor(kKeyNorm, i) : 0.0f;
+          const float alpha = k_rows[r * kWideSliceLd];
+          k_rows[r * kWideSliceLd] = operand<O>(k * run);
+          run *= alpha;
         }
       }
     } else {
@@ -151,9 +162,33 @@ struct ChunkRows {
   }
 };
 
+// Asks for what the next chunk's loads will wait for, into the L2 cache: rows from token `first` on, and `floats` numbers
+// from `intra` on.
+__device__ __forceinline__ void prefetch_chunk(const DeltaInputs& p, const DeltaSequence& own, int64_t first,
+                                               int64_t hv, int v0, int width, const float* intra, int64_t floats) {
+  constexpr int kLine = 128;
+  const int count = static_cast<int>(min(p.chunk, own.end - first));
+  const auto rows = [&](const DeltaRows& x, int64_t head, int64_t from, int64_t numbers) {
+    if (!x.p) return;
+    const int bytes = x.dtype == DType::f32 ? 4 : 2;
+    const int lines = static_cast<int>(numbers * bytes + kLine - 1) / kLine;
+    for (int u = threadIdx.x; u < count * lines; u += kDeltaThreads) {
+      const DeltaRow row = row_of(x, own.b, first + u / lines, head);
+      ptx::prefetch_l2(static_cast<const uint8_t*>(row.p) + from * bytes + u % lines * kLine);
+    }
+  };
+  rows(p.q, hv / (p.HV / p.H), 0, p.K);
+  rows(p.k, hv / (p.HV / p.H), 0, p.K);
+  rows(p.v, hv, v0, width);
+  rows(p.write, hv, v0, width);
+  rows(p.erase, hv, 0, p.K);
+  if (p.vector_gate) rows(p.g, hv, 0, p.K);
+  for (int64_t i = threadIdx.x * (kLine / 4); i < floats; i += kDeltaThreads * (kLine / 4)) ptx::prefetch_l2(intra + i);
+}
+
 // Grid (sequences, value heads, panels of V). With cu_seqlens there is a sequence more: the tokens that belong to none.
 template <Operands O, bool PerChannel>
-__global__ __launch_bounds__(kDeltaThreads) void delta_scan_kernel(DeltaScan a, DeltaIntra intra) {
+__global__ __launch_bounds__(kDeltaThreads, 2) void delta_scan_kernel(DeltaScan a, DeltaIntra intra) {
   KK_DYN_SMEM(float, smem);
   const DeltaInputs& p = a.in;
   const ScanLayout l(p.K, p.chunk);
@@ -212,8 +247,21 @@ __global__ __launch_bounds__(kDeltaThreads) void delta_scan_kernel(DeltaScan a, 
     });
     for (int i = threadIdx.x; i < kDeltaFactors * C; i += kDeltaThreads)
       smem[l.factors + i] = intra.factors(slot, hv)[i];
-    __syncthreads();
     const ChunkRows<O, PerChannel> in{p, chunk, hv, smem + l.factors, smem + l.totals, smem + l.decay};
+    if (done + C < own.end - own.begin)
+      prefetch_chunk(p, own, chunk.first + C, hv, v0, width, intra.inverse(slot + 1, hv), intra.size());
+    float w[1][2][4] = {};
+    if (active)
+      each_pair(w, [&](int i, int j, float& w0, float& w1) {
+        i += row_block, j += column;
+        if (i >= chunk.rows) return;
+        const float2 v = read2(row_of(p.v, chunk.b, chunk.first + i, hv), v0 + j, V);
+        w0 = v.x, w1 = v.y;
+        if (!p.write.p) return;
+        const float2 factor = read2(row_of(p.write, chunk.b, chunk.first + i, hv), v0 + j, V);
+        w0 *= factor.x, w1 *= factor.y;
+      });
+    __syncthreads();
 
     float x[2][2][4] = {};
     for (int c0 = 0; c0 < K; c0 += kSlice) {
@@ -225,30 +273,24 @@ __global__ __launch_bounds__(kDeltaThreads) void delta_scan_kernel(DeltaScan a, 
       __syncthreads();
     }
 
-    for (int i = threadIdx.x; i < C * C; i += kDeltaThreads) {
-      const int at = i / C * kSliceLd + i % C;
-      work[at] = intra.inverse(slot, hv)[i];
-      if (a.o) work[C * kSliceLd + at] = intra.scores(slot, hv)[i];
+    for (int i = 4 * threadIdx.x; i < C * C; i += 4 * kDeltaThreads) {
+      float* to = work + i / C * kSliceLd + i % C;
+      ptx::cp_async<16>(ptx::smem_u32(to), intra.inverse(slot, hv) + i);
+      if (a.o) ptx::cp_async<16>(ptx::smem_u32(to + C * kSliceLd), intra.scores(slot, hv) + i);
     }
+    ptx::cp_async_commit();
     float c[1][2][4] = {};
     if (active) {
+      if (!PerChannel) each(x, [&](int i, int, float& y) { y *= in.factor(kFromStart, row_block + i % 16); });
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) c[0][j][i] = x[0][j][i];
-      each(c, [&](int i, int j, float& x_k) {
-        i += row_block, j += column;
-        float r = 0.0f;
-        if (i < chunk.rows && j < width) {
-          const int64_t token = chunk.first + i;
-          float w = row_of(p.v, chunk.b, token, hv)[v0 + j];
-          if (p.write.p) w *= row_of(p.write, chunk.b, token, hv)[v0 + j];
-          r = in.factor(kBeta, i) * (w - (PerChannel ? x_k : in.factor(kFromStart, i) * x_k));
-        }
-        rows[i * kPanelLd + j] = r;
-        x_k = 0.0f;
+        for (int i = 0; i < 4; ++i) w[0][j][i] -= x[0][j][i];
+      each(w, [&](int i, int j, float y) {
+        rows[(row_block + i) * kPanelLd + column + j] = in.factor(kBeta, row_block + i) * y;
       });
     }
+    ptx::cp_async_wait<0>();
     __syncthreads();
     if (active)
       multiply_add<Operands::tf32x3>(c, Rows{work + row_block * kSliceLd, kSliceLd}, Rows{rows + column, kPanelLd},
@@ -266,16 +308,13 @@ __global__ __launch_bounds__(kDeltaThreads) void delta_scan_kernel(DeltaScan a, 
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[0][j][i] = x[1][j][i];
-      each(o, [&](int i, int, float& x_q) {
-        x_q *= PerChannel ? p.scale : p.scale * in.factor(kFromStart, row_block + i);
-      });
+        for (int i = 0; i < 4; ++i) o[0][j][i] = p.scale * x[1][j][i];
       multiply_add<Operands::tf32x3>(o, Rows{work + (C + row_block) * kSliceLd, kSliceLd},
                                      Rows{rows + column, kPanelLd}, row_block + 16);
-      each(o, [&](int i, int j, float y) {
+      each_pair(o, [&](int i, int j, float y0, float y1) {
         i += row_block, j += column;
         if (i < chunk.rows && j < width)
-          write_number(p.q.dtype, a.o, ((chunk.b * p.T + chunk.first + i) * p.HV + hv) * V + v0 + j, y);
+          write2(p.q.dtype, a.o, ((chunk.b * p.T + chunk.first + i) * p.HV + hv) * V + v0 + j, y0, y1, j + 1 < width);
       });
     }
     __syncthreads();

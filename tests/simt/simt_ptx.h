@@ -30,6 +30,8 @@ inline void cp_async_wait() {
   simt::cp_async_wait(N);
 }
 
+inline void prefetch_l2(const void*) {}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, SIMT_SITE) { simt::ldmatrix(r, 4, false, address, site); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, SIMT_SITE) {
   simt::ldmatrix(r, 4, true, address, site);
