@@ -10,6 +10,8 @@
 namespace kk::cuda {
 namespace {
 
+bool per_channel(const DeltaInputs& in) { return in.g.p && in.vector_gate; }
+
 DeltaRuleBackwardParams in_own_chunks(DeltaRuleBackwardParams p) {
   p.in.chunk = kBackwardChunk;
   return p;
@@ -26,7 +28,7 @@ struct BackwardPlaces {
       return at;
     };
     const int64_t f32 = sizeof(float);
-    intra = place(delta_intra_bytes(in));
+    intra = place(delta_intra_bytes(in, !per_channel(in)));
     n = place(heads * kBackwardChunk * in.V * f32), dr = place(heads * kBackwardChunk * in.V * f32);
     states = place(heads * in.K * in.V * f32), dstates = place(heads * in.K * in.V * f32);
     dk = place(slots * in.H * kBackwardChunk * in.K * f32);
@@ -45,7 +47,7 @@ void delta_rule_backward(const DeltaRuleBackwardParams& p, const CudaExec& exec)
   const DeltaInputs& in = own.in;
   const BackwardPlaces places(in);
   const auto at = [&](int64_t place) { return reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + place); };
-  const DeltaIntra intra = delta_intra(in, at(places.intra), exec);
+  const DeltaIntra intra = delta_intra(in, at(places.intra), exec, !per_channel(in));
   DeltaScan scan{};
   scan.in = in, scan.n = at(places.n), scan.states = at(places.states);
   delta_scan(scan, intra, exec);
@@ -63,10 +65,14 @@ void delta_rule_backward(const DeltaRuleBackwardParams& p, const CudaExec& exec)
     if (slots > 0)
       launch(gradients, dim3(slots, key_heads), threads, GradientsLayout().total * sizeof(float), exec.stream, a);
   };
-  if (in.k.dtype == DType::f32)
-    run(delta_reverse_kernel<Operands::tf32x3>, delta_gradients_kernel<Operands::tf32x3>);
-  else
-    run(delta_reverse_kernel<Operands::tf32>, delta_gradients_kernel<Operands::tf32>);
+  const auto run_for = [&](auto channels) {
+    constexpr bool PerChannel = channels.value != 0;
+    if (in.k.dtype == DType::f32)
+      run(delta_reverse_kernel<Operands::tf32x3, PerChannel>, delta_gradients_kernel<Operands::tf32x3, PerChannel>);
+    else
+      run(delta_reverse_kernel<Operands::tf32, PerChannel>, delta_gradients_kernel<Operands::tf32, PerChannel>);
+  };
+  per_channel(in) ? run_for(Int<1>{}) : run_for(Int<0>{});
 }
 
 }  // namespace kk::cuda
