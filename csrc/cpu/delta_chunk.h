@@ -3,7 +3,9 @@
 #pragma once
 #include "cpu/arena.h"
 #include "cpu/delta_tasks.h"
+#include "cpu/isa.h"
 #include "cpu/matmul.h"
+#include "cpu/matmul_bf16.h"
 
 KK_BEGIN
 
@@ -41,6 +43,10 @@ struct DeltaKeys {
     k_t = arena.take<float>(ld * C);
     kk = p.vector_gate || p.erase.p ? nullptr : arena.take<float>(C * C);
     qk = p.vector_gate || !p.q.p ? nullptr : arena.take<float>(C * C);
+    bf16_ = p.k.dtype == DType::bf16 && !p.vector_gate && cpu::has_avx512bf16();
+    if (!bf16_) return;
+    given_ = arena.take<uint16_t>(C * given_ld());
+    words_ = arena.take<uint32_t>(given_ld() / 2 * C);
   }
 
   void read(const DeltaInputs& p, const DeltaSequence& s, int64_t from, int64_t head) {
@@ -58,9 +64,49 @@ struct DeltaKeys {
     const int64_t rows = round_up(tokens, 16);
     memset(k + tokens * ld, 0, static_cast<size_t>((rows - tokens) * ld) * 4);
     transpose(rows, ld, k, ld, k_t, C);
+#if defined(__AVX512F__)
+    if (bf16_) return multiply_bf16(p, s, from, head);
+#endif
     if (kk) lower_blocks_matmul(tokens, K, 16, {k, ld, 1}, k_t, C, kk, C);
     if (qk) lower_blocks_matmul(tokens, K, 16, {q, ld, 1}, k_t, C, qk, C);
   }
+
+ private:
+  bool bf16_;        // products among keys from the bf16 numbers as they were given, which are exact
+  uint16_t* given_;  // [C][given_ld] rows with zeros after them
+  uint32_t* words_;  // [given_ld / 2][C] pairs of channels of the keys
+  int64_t given_ld() const { return round_up(K, 32); }
+
+#if defined(__AVX512F__)
+  void multiply_bf16(const DeltaInputs& p, const DeltaSequence& s, int64_t from, int64_t head) {
+    const int64_t n = given_ld();
+    const auto copy = [&](const DeltaRows& x) {
+      for (int64_t i = 0; i < tokens; ++i) {
+        memcpy(given_ + i * n, delta_row(x, s.batch, from + i, head), static_cast<size_t>(K) * 2);
+        memset(given_ + i * n + K, 0, static_cast<size_t>(n - K) * 2);
+      }
+    };
+    copy(p.k);
+    const int64_t rows = round_up(tokens, 16);
+    memset(given_ + tokens * n, 0, static_cast<size_t>((rows - tokens) * n) * 2);
+    transpose(rows, n / 2, reinterpret_cast<const float*>(given_), n / 2, reinterpret_cast<float*>(words_), C);
+    for (int64_t i = tokens; i < rows; ++i) k_factor[i] = 0.0f;
+    if (kk) {
+      bf16_lower_blocks_matmul(tokens, n, given_, n, words_, C, kk, C);
+      if (p.l2norm)
+        for (int64_t i = 0; i < tokens; ++i) {
+          row_times(kk + i * C, k_factor, i + 1, kk + i * C);
+          scale_row(kk + i * C, k_factor[i], i + 1);
+        }
+    }
+    if (qk) {
+      copy(p.q);
+      bf16_lower_blocks_matmul(tokens, n, given_, n, words_, C, qk, C);
+      if (p.l2norm)
+        for (int64_t i = 0; i < tokens; ++i) row_times(qk + i * C, k_factor, i + 1, qk + i * C);
+    }
+  }
+#endif
 };
 
 // What a chunk of one value head is:

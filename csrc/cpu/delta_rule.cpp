@@ -6,8 +6,6 @@
 #include "cpu/delta_chunk.h"
 #include "cpu/delta_token.h"
 #include "cpu/entry.h"
-#include "cpu/isa.h"
-#include "cpu/matmul_bf16.h"
 
 KK_BEGIN
 

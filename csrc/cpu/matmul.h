@@ -34,9 +34,11 @@ constexpr int kTileVectors = 2;
 
 // Rows of the tile are rows of `a` and `c`; the inner index runs over [begin, end). The triangle of a tile lies at the
 // inner indices [diagonal, diagonal + R): after [begin, end) for `lower` and the solves, before it for `upper`.
-template <int R, int N, Part part>
-[[gnu::noinline]] void tile(Left a, int64_t begin, int64_t end, int64_t diagonal, const float* b, int64_t ldb, float* c,
-                            int64_t ldc, Start start, const float* factor) {
+// With ld > 0 rows of b and c are that long.
+template <int R, int N, Part part, int64_t ld>
+[[gnu::noinline]] void tile(Left a, int64_t begin, int64_t end, int64_t diagonal, const float* b, int64_t b_row,
+                            float* c, int64_t c_row, Start start, const float* factor) {
+  const int64_t ldb = ld ? ld : b_row, ldc = ld ? ld : c_row;
   F acc[R][N];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
@@ -125,13 +127,24 @@ inline void vector_tiles(int64_t n, G&& f) {
   for (; j < n; j += F::W) f(Int<1>{}, j);
 }
 
+// f(Int<ld>{}) where rows of B and C have a usual length, f(Int<0>{}) where not. The addresses of a tile are then constants
+// apart, and not more than there are registers: worth 4 % where k is 32.
+template <typename G>
+inline void with_row_length(int64_t ldb, int64_t ldc, G&& f) {
+  if (ldb == 64 && ldc == 64) return f(Int<64>{});
+  if (ldb == 128 && ldc == 128) return f(Int<128>{});
+  f(Int<0>{});
+}
+
 // C [m, n] (+)= A [m, k] B [k, n].
 inline void matmul(int64_t m, int64_t n, int64_t k, Left a, const float* b, int64_t ldb, float* c, int64_t ldc,
                    Start start = Start::zero, const float* factor = nullptr) {
-  vector_tiles(n, [&](auto N, int64_t j) {
-    row_tiles(m, [&](auto R, int64_t i) {
-      tile<R.value, N.value, Part::all>(a.from_row(i), 0, k, 0, b + j, ldb, c + i * ldc + j, ldc, start,
-                                        factor ? factor + i : nullptr);
+  with_row_length(ldb, ldc, [&](auto ld) {
+    vector_tiles(n, [&](auto N, int64_t j) {
+      row_tiles(m, [&](auto R, int64_t i) {
+        tile<R.value, N.value, Part::all, ld.value>(a.from_row(i), 0, k, 0, b + j, ldb, c + i * ldc + j, ldc, start,
+                                                    factor ? factor + i : nullptr);
+      });
     });
   });
 }
@@ -190,11 +203,13 @@ template <Part part>
 inline void triangle_matmul(int64_t m, int64_t n, Left a, const float* b, int64_t ldb, float* c, int64_t ldc,
                             Start start = Start::zero, const float* factor = nullptr) {
   static_assert(part == Part::lower || part == Part::upper);
-  vector_tiles(n, [&](auto N, int64_t j) {
-    row_tiles(m, [&](auto R, int64_t i) {
-      constexpr bool lower = part == Part::lower;
-      tile<R.value, N.value, part>(a.from_row(i), lower ? 0 : i + R.value, lower ? i : m, i, b + j, ldb,
-                                   c + i * ldc + j, ldc, start, factor ? factor + i : nullptr);
+  with_row_length(ldb, ldc, [&](auto ld) {
+    vector_tiles(n, [&](auto N, int64_t j) {
+      row_tiles(m, [&](auto R, int64_t i) {
+        constexpr bool lower = part == Part::lower;
+        tile<R.value, N.value, part, ld.value>(a.from_row(i), lower ? 0 : i + R.value, lower ? i : m, i, b + j, ldb,
+                                               c + i * ldc + j, ldc, start, factor ? factor + i : nullptr);
+      });
     });
   });
 }
@@ -203,12 +218,14 @@ inline void triangle_matmul(int64_t m, int64_t n, Left a, const float* b, int64_
 template <Part part>
 inline void triangle_solve(int64_t m, int64_t n, Left a, float* c, int64_t ldc) {
   static_assert(part == Part::solve_lower || part == Part::solve_upper);
-  vector_tiles(n, [&](auto N, int64_t j) {
-    row_tiles(m, [&](auto R, int64_t at) {
-      constexpr bool lower = part == Part::solve_lower;
-      const int64_t i = lower ? at : m - at - R.value;
-      tile<R.value, N.value, part>(a.from_row(i), lower ? 0 : i + R.value, lower ? i : m, i, c + j, ldc,
-                                   c + i * ldc + j, ldc, Start::add, nullptr);
+  with_row_length(ldc, ldc, [&](auto ld) {
+    vector_tiles(n, [&](auto N, int64_t j) {
+      row_tiles(m, [&](auto R, int64_t at) {
+        constexpr bool lower = part == Part::solve_lower;
+        const int64_t i = lower ? at : m - at - R.value;
+        tile<R.value, N.value, part, ld.value>(a.from_row(i), lower ? 0 : i + R.value, lower ? i : m, i, c + j, ldc,
+                                               c + i * ldc + j, ldc, Start::add, nullptr);
+      });
     });
   });
 }
