@@ -4,14 +4,15 @@
 //
 //   X = [k^; q^] S      R = w - X_k      N = T R      o = scale X_q + P N      S <- diag(a_C) S + k-^T N
 //
-// S [K][32] lies in registers, as sums of the last product; a copy rounded to operands lies in shared memory. Everything
-// else passes through shared memory in pieces of 64 channels (X), or 128 (the last product):
-//   state   [K][40]      work  X: [k^ rows 0-15, q^ rows 0-15, k^ rows 16-31, ...][68]    T, P: [C][68] each    k-: [C][136]
-//   rows    [C][40]  R, then N
+// S [K][32] lies in registers, as sums of the last product; a copy of it, rounded to operands, lies in shared memory.
+// Everything else passes through shared memory, k^ and q^ in pieces of 64 channels, k- in pieces of 128:
+//   state  [K][40]
+//   rows   [C][40]  w, then R, then N
+//   work   k^ rows 0-15, q^ rows 0-15, k^ rows 16-31, ... [2 C][68], then T and P [C][68] each, then k- [C][136]
 // The sums of T R and P N cancel where keys are alike: these two take the three products of tf32x3 for any input. With
-// T, P and N rounded to tf32 the error of o is four times as large on positive fp16 keys (2e-3 instead of 5e-4).
-// A token costs 6 K V + C (V + ...) multiply-adds in matrix instructions: at 8 of them to 12 words read of shared memory,
-// that is what bounds the kernel, if there are enough heads to fill the GPU.
+// T, R, P and N rounded to tf32 the error of o is four times as large on positive fp16 keys (2e-3 instead of 5e-4).
+// A warp reads 12 words per lane of shared memory for 4 matrix instructions: by counts, that bounds a full GPU.
+
 #include "cuda/delta_scan.cuh"
 
 #include "cuda/delta_mma.cuh"
@@ -62,7 +63,7 @@ struct ChunkRows {
   __device__ __forceinline__ float gates(float* to, int ld, int channel, int first_row) const {
     float product = 1.0f;
     if (first_row >= p.chunk) return product;
-#pragma unroll 4
+#pragma unroll 2
     for (int r = 0; r < 16; ++r) {
       const bool exists = first_row + r < chunk.rows && channel < p.K;
       const float alpha = exists ? expf(row_of(p.g, chunk.b, chunk.first + first_row + r, hv)[channel]) : 1.0f;
@@ -84,7 +85,7 @@ struct ChunkRows {
       if (16 * block >= C) return;
       float run = 1.0f;
       for (int b = 0; b < block; ++b) run *= totals[b * kSlice + c];
-#pragma unroll 4
+#pragma unroll 2
       for (int r = 0; r < 16; ++r) {
         const int i = 16 * block + r;
         float k = 0.0f, q = 0.0f;
@@ -135,7 +136,7 @@ struct ChunkRows {
         if (16 * block >= C) continue;
         float run = 1.0f;
         for (int b = 3; b > block; --b) run *= totals[b * kSlice + c];
-#pragma unroll 4
+#pragma unroll 2
         for (int r = 15; r >= 0; --r) {
           const int i = 16 * block + r;
           const float k = i < chunk.rows && channel < K ? key(i)[channel] * factor(kKeyNorm, i) : 0.0f;
@@ -223,7 +224,7 @@ __global__ __launch_bounds__(kDeltaThreads, 2) void delta_scan_kernel(DeltaScan 
     for (int m = 0; m < kMaxDeltaDim / kWideSlice; ++m)
       each(s[m], [&](int i, int j, float& x) {
         const int channel = kWideSlice * m + 16 * warp + i;
-        f(channel, j, x, global + static_cast<int64_t>(channel) * V + v0 + j, channel < K && j < width);
+        f(channel, j, x, global + (channel * V + v0 + j), channel < K && j < width);
       });
   };
   const auto store_state = [&](float* global) {
@@ -250,16 +251,19 @@ __global__ __launch_bounds__(kDeltaThreads, 2) void delta_scan_kernel(DeltaScan 
     const ChunkRows<O, PerChannel> in{p, chunk, hv, smem + l.factors, smem + l.totals, smem + l.decay};
     if (done + C < own.end - own.begin)
       prefetch_chunk(p, own, chunk.first + C, hv, v0, width, intra.inverse(slot + 1, hv), intra.size());
-    float w[1][2][4] = {};
+    float c[1][2][4] = {};
     if (active)
-      each_pair(w, [&](int i, int j, float& w0, float& w1) {
+      each_pair(c, [&](int i, int j, float, float) {  // w; the same lane makes R of it
         i += row_block, j += column;
-        if (i >= chunk.rows) return;
-        const float2 v = read2(row_of(p.v, chunk.b, chunk.first + i, hv), v0 + j, V);
-        w0 = v.x, w1 = v.y;
-        if (!p.write.p) return;
-        const float2 factor = read2(row_of(p.write, chunk.b, chunk.first + i, hv), v0 + j, V);
-        w0 *= factor.x, w1 *= factor.y;
+        float2 v = make_float2(0.0f, 0.0f);
+        if (i < chunk.rows) {
+          v = read2(row_of(p.v, chunk.b, chunk.first + i, hv), v0 + j, V);
+          if (p.write.p) {
+            const float2 factor = read2(row_of(p.write, chunk.b, chunk.first + i, hv), v0 + j, V);
+            v.x *= factor.x, v.y *= factor.y;
+          }
+        }
+        *reinterpret_cast<float2*>(rows + i * kPanelLd + j) = v;
       });
     __syncthreads();
 
@@ -279,17 +283,13 @@ __global__ __launch_bounds__(kDeltaThreads, 2) void delta_scan_kernel(DeltaScan 
       if (a.o) ptx::cp_async<16>(ptx::smem_u32(to + C * kSliceLd), intra.scores(slot, hv) + i);
     }
     ptx::cp_async_commit();
-    float c[1][2][4] = {};
-    if (active) {
-      if (!PerChannel) each(x, [&](int i, int, float& y) { y *= in.factor(kFromStart, row_block + i % 16); });
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) w[0][j][i] -= x[0][j][i];
-      each(w, [&](int i, int j, float y) {
-        rows[(row_block + i) * kPanelLd + column + j] = in.factor(kBeta, row_block + i) * y;
+    if (active)
+      each(x, [&](int i, int j, float& y) {
+        const int row = row_block + i % 16;
+        if (!PerChannel) y *= in.factor(kFromStart, row);
+        float& r = rows[row * kPanelLd + column + j];
+        if (i < 16) r = in.factor(kBeta, row) * (r - y);
       });
-    }
     ptx::cp_async_wait<0>();
     __syncthreads();
     if (active)
