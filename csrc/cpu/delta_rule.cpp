@@ -113,14 +113,29 @@ void form_rows(const DeltaInputs& in, const DeltaHead& head, const DeltaSequence
   });
 }
 
+uint8_t* out_row(const DeltaRuleParams& p, const DeltaSequence& s, int64_t token, const Lane& lane) {
+  const int64_t element = p.in.q.dtype == DType::f32 ? 4 : 2;
+  return static_cast<uint8_t*>(p.o) +
+         (((s.batch * p.in.T + token) * p.in.HV + lane.head) * p.in.V + lane.from) * element;
+}
+
+// Asks for the lines that write_rows will write, or its stores would wait for them.
+[[gnu::always_inline]] inline void ask_for_rows(const DeltaRuleParams& p, const DeltaSequence& s, int64_t begin,
+                                                int64_t tokens, const Lane& lane) {
+  const int64_t bytes = (lane.to - lane.from) * (p.in.q.dtype == DType::f32 ? 4 : 2);
+  for (int64_t i = 0; i < tokens; ++i) {
+    const uint8_t* row = out_row(p, s, begin + i, lane);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 1, 3);
+  }
+}
+
 void write_rows(const DeltaRuleParams& p, const DeltaSequence& s, int64_t begin, int64_t tokens, const Lane& lane,
                 const float* o) {
-  const int64_t columns = lane.to - lane.from, stride = p.in.HV * p.in.V;
+  const int64_t columns = lane.to - lane.from;
+  uint8_t* y = out_row(p, s, begin, lane);
   with_dtype(p.in.q.dtype, [&](auto type) {
-    constexpr int64_t element = kElementBytes<type.value>;
-    uint8_t* y =
-        static_cast<uint8_t*>(p.o) + ((s.batch * p.in.T + begin) * stride + lane.head * p.in.V + lane.from) * element;
-    for (int64_t i = 0; i < tokens; ++i, o += kDeltaPanel, y += stride * element) {
+    const int64_t stride = p.in.HV * p.in.V * kElementBytes<type.value>;
+    for (int64_t i = 0; i < tokens; ++i, o += kDeltaPanel, y += stride) {
       if (columns == kDeltaPanel)
         store_row<type.value>(o, kDeltaPanel, y);
       else
@@ -156,6 +171,7 @@ void chunk_step(const DeltaRuleParams& p, const Room& room, const DeltaSequence&
   matmul(tokens, columns, in.K, {head.e, room.keys.ld, 1}, S, kDeltaPanel, N, kDeltaPanel);
   form_rows(in, head, s, begin, tokens, lane, room.row, N);
   ahead.take(1);
+  if (p.o) ask_for_rows(p, s, begin, tokens, lane);
   triangle_solve<Part::solve_lower>(tokens, columns, {head.minus_l, C, 1}, N, kDeltaPanel);
   ahead.take(2);
   if (p.o) {
