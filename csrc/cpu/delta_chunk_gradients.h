@@ -370,8 +370,10 @@ class DeltaChunkGradients {
   // gate's small gradient is not the difference of two large sums.
   void gate_sums(const float* de, const float* dq) {
     const int64_t C = z_.C, ld = z_.ld, n = keys_.tokens;
-    float state = 0.0f, suffix = 0.0f, prefix = 0.0f;
-    for (int64_t c = 0; c < z_.K; ++c) state += whole_[c];
+    F channels = F::zero();
+    for (int64_t c = 0; c < ld; c += F::W) channels = channels + F::load(whole_ + c);
+    const float state = channels.fold_sum();
+    float suffix = 0.0f, prefix = 0.0f;
     for (int64_t i = 0; i < n; ++i) {
       dg_[i] = state + prefix;
       prefix += head_.tail[i] * dot(d_keys_ + i * ld, keys_.k + i * ld, ld);
