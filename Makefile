@@ -123,7 +123,8 @@ asan: env-test build
 	done
 
 # The CUDA kernels in the emulator, each test with its own random order of threads. late and early: when an asynchronous
-# copy lands. check: every access of every thread is seen.
+# copy lands (early with fewer cases: all kernels that copy so are in test_contract). check: every access of every thread
+# is seen.
 SIMT_TESTS = tests/test_contract.py tests/test_formats.py tests/test_properties.py
 simt: env-test env-simt headers
 	@cmake --preset simt $(CMAKE_HERE)
@@ -132,7 +133,8 @@ simt: env-test env-simt headers
 	  library=$(CURDIR)/build/simt/kvkernels_simt_$$1.so copies=$$2 && shift 2 && \
 	  KVKERNELS_LIBRARY=$$library KVKERNELS_SIMT=$$copies $(PY) -m pytest -q -n 2 -m 'not once' "$$@" $(ARGS); } && \
 	run check random -m once tests/simt && \
-	run fast late $(SIMT_TESTS) && run fast early $(SIMT_TESTS) && run check random $(SIMT_TESTS) tests/test_sparse.py tests/test_errors.py
+	run fast late $(SIMT_TESTS) && run fast early tests/test_contract.py && \
+	run check random $(SIMT_TESTS) tests/test_sparse.py tests/test_delta.py tests/test_errors.py
 
 BUDGET = bench/results/ptxas.md
 cuda: env-test nvcc
