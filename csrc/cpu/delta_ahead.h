@@ -6,8 +6,8 @@
 
 KK_BEGIN
 
-// Elements [from, to) of rows of share `share` of `shares` of `tokens` tokens from `begin` on. Inlined or lost: GCC drops calls
-// of functions that only prefetch.
+// Elements [from, to) of rows of share `share` of `shares` of `tokens` tokens from `begin` on. Inlined or lost: GCC
+// drops calls of functions that only prefetch.
 [[gnu::always_inline]] inline void ask_for_rows(const DeltaRows& x, int64_t batch, int64_t begin, int64_t tokens,
                                                 int64_t head, int64_t share, int64_t shares, int64_t from, int64_t to) {
   if (!x.p) return;

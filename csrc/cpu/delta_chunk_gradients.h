@@ -1,7 +1,7 @@
-// What the backward pass does with a chunk of one value head: the state goes forwards through it, its gradient backwards,
-// and from both come the gradients of the tokens. States lie transposed, [V][K]: so every product finds its right matrix as
-// it is, but for matrices of a chunk's size. Rows [from, to) of states and columns [from, to) of V may be worked on apart:
-// only gradients() sums over V.
+// What the backward pass does with a chunk of one value head: the state goes forwards through it, its gradient
+// backwards, and from both come the gradients of the tokens. States lie transposed, [V][K]: so every product finds its
+// right matrix as it is, but for matrices of a chunk's size. Rows [from, to) of states and columns [from, to) of V may
+// be worked on apart: only gradients() sums over V.
 #pragma once
 #include "cpu/delta_ahead.h"
 #include "cpu/delta_chunk.h"
@@ -114,8 +114,9 @@ class DeltaChunkGradients {
     }
   }
 
-  // From dS of the state after a chunk: `next` of the state before it, and the rows -dR and dO of its tokens, one after the
-  // other in `rows` [2 C][ldv]. dR stands there with its sign turned because it has that sign in all sums it shares with dO.
+  // From dS of the state after a chunk: `next` of the state before it, and the rows -dR and dO of its tokens, one after
+  // the other in `rows` [2 C][ldv]. dR stands there with its sign turned because it has that sign in all sums it shares
+  // with dO.
   void scan(const DeltaSequence& s, int64_t at, int64_t head, int64_t from, int64_t to, const float* dS, float* rows,
             float* next) {
     const int64_t C = z_.C, ld = z_.ld, ldv = z_.ldv, n = keys_.tokens, columns = to - from;
@@ -135,8 +136,8 @@ class DeltaChunkGradients {
     matmul(end - from, ld, has_out_ ? 2 * n : n, {dR, 1, ldv}, rows_, ld, next + from * ld, ld, Start::add);
   }
 
-  // All but dq and dk, which are summed over the value heads; from the states before the chunk, N, dS of the state after it
-  // and the rows of scan().
+  // All but dq and dk, which are summed over the value heads; from the states before the chunk, N, dS of the state
+  // after it and the rows of scan().
   void gradients(const DeltaSequence& s, int64_t at, int64_t head, const float* S, const float* N, const float* dS,
                  const float* rows) {
     const int64_t C = z_.C, ld = z_.ld, ldv = z_.ldv, n = keys_.tokens;
@@ -365,9 +366,9 @@ class DeltaChunkGradients {
     triangle_matmul<Part::upper>(n, ld, {x, 1, C}, keys_.q, ld, d_keys_, ld, Start::add);
   }
 
-  // dg of one gate per head: over the pairs of tokens i >= t > j, the rows i >= t that meet the state before the chunk, the
-  // keys j < t that go to the state after it, and what the state itself is scaled by. Nothing is subtracted: a strong
-  // gate's small gradient is not the difference of two large sums.
+  // dg of one gate per head: over the pairs of tokens i >= t > j, the rows i >= t that meet the state before the chunk,
+  // the keys j < t that go to the state after it, and what the state itself is scaled by. Nothing is subtracted: a
+  // strong gate's small gradient is not the difference of two large sums.
   void gate_sums(const float* de, const float* dq) {
     const int64_t C = z_.C, ld = z_.ld, n = keys_.tokens;
     F channels = F::zero();

@@ -1,8 +1,8 @@
-// Where one gate per channel stands between the rows of a chunk and what was made of them: gradients of the decayed rows ->
-// gradients of the rows themselves and of the gates. Blocks of 16 tokens from the last to the first, as the decays were
-// formed: between a block and the tokens before it through products with the start of the block as their anchor, within a
-// block pair by pair. Sums of a gate's gradient are only ever added to, so that a strong gate's small gradient is not the
-// difference of two large numbers.
+// Where one gate per channel stands between the rows of a chunk and what was made of them: gradients of the decayed
+// rows -> gradients of the rows themselves and of the gates. Blocks of 16 tokens from the last to the first, as the
+// decays were formed: between a block and the tokens before it through products with the start of the block as their
+// anchor, within a block pair by pair. Sums of a gate's gradient are only ever added to, so that a strong gate's small
+// gradient is not the difference of two large numbers.
 #pragma once
 #include "cpu/delta_chunk.h"
 
@@ -20,9 +20,9 @@ class DeltaGateGradients {
     held_ = arena.take<float>(ld_);
   }
 
-  // d_e, d_q, d_k [tokens][ld]: on entry the gradients of e, q decayed from the start of the chunk and of k decayed to its
-  // end, on return those of beta o e, scale o q, k. dL, dP [C][C], zero where there is no pair; dP and d_q may be null.
-  // `whole` [ld] the gradient of the product of all gates times it; dg [tokens][ld].
+  // d_e, d_q, d_k [tokens][ld]: on entry the gradients of e, q decayed from the start of the chunk and of k decayed to
+  // its end, on return those of beta o e, scale o q, k. dL, dP [C][C], zero where there is no pair; dP and d_q may be
+  // null. `whole` [ld] the gradient of the product of all gates times it; dg [tokens][ld].
   void run(const DeltaKeys& key, const DeltaHead& head, const float* scale, const float* dL, const float* dP,
            const float* whole, float* d_e, float* d_q, float* d_k, float* dg) {
     const int64_t n = key.tokens, last = (n - 1) / kDeltaBlock;

@@ -1,5 +1,5 @@
-// Tokens of the delta rule on their way from tensors to fp32, zero padded to whole vectors, and what is done to one alone:
-// l2norm and the rules of beta. Used token by token (delta_token.h) and by chunks (delta_chunk.h).
+// Tokens of the delta rule on their way from tensors to fp32, zero padded to whole vectors, and what is done to one
+// alone: l2norm and the rules of beta. Used token by token (delta_token.h) and by chunks (delta_chunk.h).
 #pragma once
 #include "cpu/codec.h"
 #include "kvkernels/delta.h"
@@ -87,7 +87,8 @@ inline void store_row(DType type, const float* x, int64_t n, void* tensor, int64
              [&](auto t) { store_row<t.value>(x, n, static_cast<uint8_t*>(tensor) + from * kElementBytes<t.value>); });
 }
 
-// exp(g), 3 ulp for any g; exp(-inf) = 0. exp_neg rounds g * log2(e), which costs |g| ulp: that error is found and put right.
+// exp(g), 3 ulp for any g; exp(-inf) = 0. exp_neg rounds g * log2(e), which costs |g| ulp: that error is found and put
+// right.
 inline F exp_gate(F g) {
   const F x = max(F::fill(-150.0f), g);
 #if defined(__AVX2__)

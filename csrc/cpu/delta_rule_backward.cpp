@@ -1,9 +1,10 @@
-// A unit is a sequence and a key head, whose dq and dk are sums over its value heads in their order. It is taken in segments
-// from the last to the first: forwards once more, keeping the state before every chunk and N, then back through the chunks.
+// A unit is a sequence and a key head, whose dq and dk are sums over its value heads in their order. It is taken in
+// segments from the last to the first: forwards once more, keeping the state before every chunk and N, then back
+// through the chunks.
 //
-// One task is a unit, where there are enough of them for the threads. Else the threads work on units together: panels of V
-// go forwards, then backwards with the gradient of the state, keeping that too before every chunk, and then every chunk's
-// gradients are a task. Both ways every number is the same sum in the same order.
+// One task is a unit, where there are enough of them for the threads. Else the threads work on units together: panels
+// of V go forwards, then backwards with the gradient of the state, keeping that too before every chunk, and then every
+// chunk's gradients are a task. Both ways every number is the same sum in the same order.
 #include "kvkernels/ops/delta_rule_backward.h"
 
 #include "cpu/delta_chunk_gradients.h"

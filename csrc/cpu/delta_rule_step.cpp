@@ -1,5 +1,5 @@
-// One task: some columns of the state of one value head of one sequence, through all tokens of the call. Bound by reading
-// and writing the states once.
+// One task: some columns of the state of one value head of one sequence, through all tokens of the call. Bound by
+// reading and writing the states once.
 #include "kvkernels/ops/delta_rule_step.h"
 
 #include "cpu/arena.h"

@@ -1,6 +1,6 @@
-// One token after the other on a state: decode, and mode="recurrent". A block of columns of S is read once for both sums,
-// x = (alpha o e)^T S and y = scale (alpha o q)^T S, and then changed, S <- alpha S + k d^T with d = w - x. The new state is
-// not read again: o = y + scale (q . k) d.
+// One token after the other on a state: decode, and mode="recurrent". A block of columns of S is read once for both
+// sums, x = (alpha o e)^T S and y = scale (alpha o q)^T S, and then changed, S <- alpha S + k d^T with d = w - x. The
+// new state is not read again: o = y + scale (q . k) d.
 #pragma once
 #include "cpu/delta_rows.h"
 #include "kvkernels/core/one_of.h"
@@ -102,8 +102,8 @@ inline void load_token(const DeltaInputs& p, const DeltaGate* gate, int64_t b, i
   for (int64_t i = 0; i < to - from; i += F::W) (F::load(x.w + i) * beta).store(x.w + i);
 }
 
-// A vector of a bf16 state is rounded by the instruction made for it where there is one: twelve others do the same. (NaN
-// keeps its payload; denormals are zeros already.)
+// A vector of a bf16 state is rounded by the instruction made for it where there is one: twelve others do the same.
+// (NaN keeps its payload; denormals are zeros already.)
 template <DType S, bool CONVERT>
 KK_INLINE void store_state(F x, uint8_t* p) {
 #if defined(__AVX512F__)
@@ -116,8 +116,8 @@ KK_INLINE void store_state(F x, uint8_t* p) {
   store<S>(x, p);
 }
 
-// N vectors of columns; the last has only `last` columns, if that is not F::W. S is read at src and written at dst (null:
-// nowhere), which may be the same. w becomes o.
+// N vectors of columns; the last has only `last` columns, if that is not F::W. S is read at src and written at dst
+// (null: nowhere), which may be the same. w becomes o.
 template <DType S, bool CONVERT, int N, bool PART>
 inline void token_block(const DeltaToken& x, int64_t K, const uint8_t* src, int64_t src_row, uint8_t* dst,
                         int64_t dst_row, int64_t last, float* w) {
