@@ -329,7 +329,7 @@ def test_states_without_queries(gate: str) -> None:
 
 @pytest.mark.parametrize("gate", GATES)
 def test_bits_of_gradients(gate: str | None, threads: Callable[[int], None]) -> None:
-    x = inputs(gate=gate, T=40, H=1, HV=4, V=48, initial_state=True)
+    x = inputs(gate=gate, T=24, V=48, initial_state=True, chunk_size=16)
     of = tuple(n for n in INPUTS if x.get(n) is not None)
 
     def run(x: Case, d: Tensor) -> list[Tensor]:
