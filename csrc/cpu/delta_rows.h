@@ -87,8 +87,8 @@ inline void store_row(DType type, const float* x, int64_t n, void* tensor, int64
              [&](auto t) { store_row<t.value>(x, n, static_cast<uint8_t*>(tensor) + from * kElementBytes<t.value>); });
 }
 
-// exp(g), 2 ulp for any g <= 0; exp(-inf) = 0. exp_neg rounds g * log2(e), which costs |g| ulp: that error is found and put
-// right.
+// exp(g), 2 ulp for any g <= 0; exp(-inf) = 0. exp_neg rounds g * log2(e), which costs |g| ulp: that error is found and
+// put right.
 inline F exp_gate(F g) {
   const F x = max(F::fill(-150.0f), g);
 #if defined(__AVX2__)
