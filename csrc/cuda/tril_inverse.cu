@@ -1,5 +1,5 @@
-// One block per matrix, which stays in shared memory [n'][n' + 4], n' the next 16 times a power of two: rows of zeros, which
-// stand for those of a unit matrix, complete it. Bound by one read and one write of the matrices.
+// One block per matrix, which is read once, written once and stays in shared memory in between: [n'][n' + 4], n' the next 16
+// times a power of two. Rows of zeros, which stand for those of a unit matrix, complete it.
 #include "kvkernels/ops/tril_inverse.h"
 
 #include "cuda/delta_rows.cuh"
