@@ -9,8 +9,8 @@
 //
 // dg_t is the sum, over every decay with alpha_t in it, of its gradient times it: pairs i >= t > j, rows i >= t from the
 // start of the chunk, rows j < t to its end, and the state through all of it.
-// Bound by reads of shared memory, about 3 words of a lane for a matrix instruction, and with gates of channels by the
-// pairs, 8 instructions each.
+// By count a lane reads 3 words of shared memory for a matrix instruction (4 with gates of channels), and a pair of rows
+// takes 8 instructions for each channel that has its own gate.
 #pragma once
 #include "cuda/delta_backward.cuh"
 #include "cuda/delta_channel_pairs.cuh"
@@ -53,12 +53,6 @@ struct GradientsLayout {  // in floats
     total = rows + kGradientsRows * C;
   }
 };
-
-__device__ __forceinline__ float sum_of_lanes(float x) {
-#pragma unroll
-  for (int h = 16; h > 0; h /= 2) x += __shfl_xor_sync(kWholeWarp, x, h);
-  return x;
-}
 
 // f(half, row, column, x) for what a lane holds of 16 rows: `half` 0 has row lane / 4, 1 the one 8 rows on.
 template <int N, typename F>
@@ -285,7 +279,7 @@ struct Gradients {
       }
       __syncthreads();
     }
-    state_sum = sum_of_lanes(state_sum);
+    state_sum = sum_of_warp(state_sum);
     if (lane == 0) smem[l.state_sums + warp] = state_sum;
     __syncthreads();
     const int t = threadIdx.x;
@@ -425,7 +419,7 @@ struct Gradients {
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const float sum = sum_of_lanes(beta_sum[r]);
+      const float sum = sum_of_warp(beta_sum[r]);
       if (lane == 0) rows[kBetaSum * C + R * J + r] = sum;
     }
     __syncthreads();
@@ -446,7 +440,7 @@ struct Gradients {
         if (a.p.dwrite) a.p.dwrite[head(hv, i) * V + c] = beta * value * dw;
         sum = fmaf(dw, gate * value, sum);
       }
-      float dbeta = sum_of_lanes(sum) + rows[kBetaSum * C + i] + rows[(kBetaSum + 1) * C + i];
+      float dbeta = sum_of_warp(sum) + rows[kBetaSum * C + i] + rows[(kBetaSum + 1) * C + i];
       if (lane != 0) continue;
       if (p.rule == BetaRule::sigmoid) dbeta *= beta * (1.0f - beta);
       if (p.rule == BetaRule::sigmoid2) dbeta *= beta * (1.0f - 0.5f * beta);
@@ -462,13 +456,7 @@ struct Gradients {
   __device__ __forceinline__ void squares() const {
     for (int i = warp; i < chunk.rows; i += kDeltaThreads / 32) {
       const float norm = a.w.intra.factors(slot, h * group)[kKeyNorm * C + i];
-      const DeltaRow key = row_of(p.k, chunk.b, chunk.first + i, h);
-      float sum = 0.0f;
-      for (int c = lane; c < K; c += 32) {
-        const float k = key[c] * norm;
-        sum = fmaf(k, k, sum);
-      }
-      sum = sum_of_lanes(sum);
+      const float sum = row_squares(row_of(p.k, chunk.b, chunk.first + i, h), K) * norm * norm;
       if (lane == 0) rows[kSquares * C + i] = sum + kKaczmarzEps, rows[kKeyFactor * C + i] = 0.0f;
     }
   }
@@ -486,7 +474,7 @@ struct Gradients {
         const float x = from[c] * f;
         along = fmaf(x, fmaf(more, x, d[c]), along);
       }
-      along = sum_of_lanes(along);
+      along = sum_of_warp(along);
       for (int c = lane; c < K; c += 32) {
         const float x = from[c] * f;
         write_number(inputs.dtype, out, (token(i) * p.H + h) * K + c, f * (fmaf(more, x, d[c]) - along * x));

@@ -23,15 +23,6 @@ struct IntraLayout {
   }
 };
 
-// Sums of squares of the rows of k and q -> norms; beta's rule needs those of k too.
-__device__ __forceinline__ float row_squares(const DeltaRow& row, int width) {
-  float sum = 0.0f;
-  for (int c = threadIdx.x % 32; c < width; c += 32) sum = fmaf(row[c], row[c], sum);
-#pragma unroll
-  for (int h = 16; h > 0; h /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, h);
-  return sum;
-}
-
 // Pairs of rows within 16 x 16 blocks on the diagonal, with a gate per channel: w_j = k_j o D_ij runs along i, for exact
 // products whatever the gates are. Eight lanes share a row j, four channels each.
 __device__ __forceinline__ void diagonal_pairs(const float* e, const float* q, const float* k, const float* alpha,
@@ -184,11 +175,12 @@ __global__ __launch_bounds__(kDeltaThreads) void delta_intra_kernel(DeltaInputs 
     }
   }
 
-  const float k_squares = threadIdx.x < C ? factors[kBeta * C + threadIdx.x] : 0.0f;
+  const int thread = static_cast<int>(threadIdx.x);
+  const float k_squares = thread < C ? factors[kBeta * C + thread] : 0.0f;
   for (int64_t hv = first_head; hv < first_head + heads_per_block; ++hv) {
     __syncthreads();
-    if (threadIdx.x < C) {
-      const int i = threadIdx.x;
+    if (thread < C) {
+      const int i = thread;
       const int64_t token = chunk.first + i;
       const bool exists = i < chunk.rows;
       const float given = exists && p.beta.p ? row_of(p.beta, chunk.b, token, hv)[0] : 1.0f;
@@ -196,9 +188,9 @@ __global__ __launch_bounds__(kDeltaThreads) void delta_intra_kernel(DeltaInputs 
       factors[kAlpha * C + i] = exists && p.g.p && !PerChannel ? expf(row_of(p.g, chunk.b, token, hv)[0]) : 1.0f;
     }
     __syncthreads();
-    if (threadIdx.x < 2 * C) {
-      const int i = threadIdx.x % C;
-      const bool from_start = threadIdx.x < C;
+    if (thread < 2 * C) {
+      const int i = thread % C;
+      const bool from_start = thread < C;
       float product = 1.0f;
       for (int j = from_start ? 0 : i + 1; j < (from_start ? i + 1 : C); ++j) product *= factors[kAlpha * C + j];
       factors[(from_start ? kFromStart : kToEnd) * C + i] = product;

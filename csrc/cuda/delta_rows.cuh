@@ -75,6 +75,17 @@ __device__ __forceinline__ DeltaSequence sequence_of(const DeltaInputs& p, int64
   return {n, 0, p.T};
 }
 
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int h = 16; h > 0; h /= 2) x += __shfl_xor_sync(kWholeWarp, x, h);
+  return x;
+}
+__device__ __forceinline__ float row_squares(const DeltaRow& row, int width) {
+  float sum = 0.0f;
+  for (int c = threadIdx.x % 32; c < width; c += 32) sum = fmaf(row[c], row[c], sum);
+  return sum_of_warp(sum);
+}
+
 // 1 / norm of a row, from the sum of its squares.
 __device__ __forceinline__ float l2norm_factor(float sum) { return 1.0f / sqrtf(sum + kL2NormEps); }
 

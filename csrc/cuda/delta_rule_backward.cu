@@ -59,9 +59,8 @@ void delta_rule_backward(const DeltaRuleBackwardParams& p, const CudaExec& exec)
   const unsigned slots = static_cast<unsigned>(delta_begun_slots(in, in.chunk) + (in.cu_seqlens ? 1 : 0));
   const auto run = [&](auto reverse, auto gradients) {
     const dim3 threads(kDeltaThreads);
-    if (in.N > 0)
-      launch(reverse, dim3(static_cast<unsigned>(in.N), heads, panels), threads,
-             ReverseLayout(in.K).total * sizeof(float), exec.stream, a);
+    launch(reverse, dim3(static_cast<unsigned>(in.N), heads, panels), threads,
+           ReverseLayout(in.K).total * sizeof(float), exec.stream, a);
     if (slots > 0)
       launch(gradients, dim3(slots, key_heads), threads, GradientsLayout().total * sizeof(float), exec.stream, a);
   };

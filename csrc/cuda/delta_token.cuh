@@ -5,7 +5,7 @@
 //   x = (alpha o S)^T e      y = (alpha o S)^T q      then  d = w - x,  S = alpha o S + k d^T,  o = scale (y + (k.q) d)
 // so that a token costs one pass for the sums, one barrier and one pass for the new state. What a token brings is made
 // ready during the pass of the one before: with three buffers for it, and two for the sums, that barrier is the only one.
-// Bound by the bytes of the state: 16 KB a block for K = 128 are 1800 instructions of a warp (counted, sm_90a, one token).
+// A state is read once and written once, whatever the number of tokens.
 #pragma once
 #include "cuda/delta_rows.cuh"
 #include "kvkernels/ops/delta_rule_step.h"
@@ -35,12 +35,6 @@ __device__ __forceinline__ float log_decay(const DeltaGate& gate, int64_t hv, in
   const float x = gate.dt_bias ? g + gate.dt_bias[bias] : g, rate = expf(gate.A_log[hv]);
   if (gate.lower_bound < 0.0f) return gate.lower_bound * sigmoid(rate * x);
   return -rate * (x > 20.0f ? x : log1pf(expf(x)));
-}
-
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll
-  for (int h = 16; h > 0; h /= 2) x += __shfl_xor_sync(0xffffffffu, x, h);
-  return x;
 }
 
 // A token as it is in memory. All warps read all of q and k, for sums over channels without a barrier; of what is only
