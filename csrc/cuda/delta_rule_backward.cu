@@ -1,6 +1,6 @@
 // Four kernels, in fp32 workspaces: what does not depend on the states (delta_intra), the states and N again (delta_scan),
 // their gradients (delta_reverse), and those of the inputs (delta_gradients). Two states a chunk are kept, 2 K V numbers
-// for 64 tokens.
+// for 64 tokens. Checkpoints are not read: the gradients of the states are as serial as the states.
 #include "kvkernels/ops/delta_rule_backward.h"
 
 #include "cuda/delta_gradients.cuh"
