@@ -97,7 +97,7 @@ inline Tensor empty(const int64_t* size, int64_t dim, int32_t dtype, int32_t dev
   Tensor made(handle);
   if (kPoison && device_type == aoti_torch_device_type_cpu()) {
     const View v = view("made", made);
-    std::memset(v.mutable_data(), 0xff, static_cast<size_t>(v.span()));
+    if (const int64_t bytes = v.span()) std::memset(v.mutable_data(), 0xff, static_cast<size_t>(bytes));
   }
   return made;
 }
