@@ -120,8 +120,8 @@ uint8_t* out_row(const DeltaRuleParams& p, const DeltaSequence& s, int64_t token
 }
 
 // Asks for the lines that write_rows will write, or its stores would wait for them.
-[[gnu::always_inline]] inline void ask_for_rows(const DeltaRuleParams& p, const DeltaSequence& s, int64_t begin,
-                                                int64_t tokens, const Lane& lane) {
+[[gnu::always_inline]] inline void ask_for_output(const DeltaRuleParams& p, const DeltaSequence& s, int64_t begin,
+                                                  int64_t tokens, const Lane& lane) {
   const int64_t bytes = (lane.to - lane.from) * (p.in.q.dtype == DType::f32 ? 4 : 2);
   for (int64_t i = 0; i < tokens; ++i) {
     const uint8_t* row = out_row(p, s, begin + i, lane);
@@ -171,7 +171,7 @@ void chunk_step(const DeltaRuleParams& p, const Room& room, const DeltaSequence&
   matmul(tokens, columns, in.K, {head.e, room.keys.ld, 1}, S, kDeltaPanel, N, kDeltaPanel);
   form_rows(in, head, s, begin, tokens, lane, room.row, N);
   ahead.take(1);
-  if (p.o) ask_for_rows(p, s, begin, tokens, lane);
+  if (p.o) ask_for_output(p, s, begin, tokens, lane);
   triangle_solve<Part::solve_lower>(tokens, columns, {head.minus_l, C, 1}, N, kDeltaPanel);
   ahead.take(2);
   if (p.o) {
