@@ -233,8 +233,10 @@ def _run(
         raise ValueError(f"{name}: beta must be [B, T, HV]; one over the channels of v is not supported")
     if initial_state is not None:
         initial_state = (initial_state.transpose(-1, -2) if v_first else initial_state).float().contiguous()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    g = g if g is None or g.stride(-1) == 1 else g.contiguous()
     result: Any = delta_rule(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), beta, g,
+        q, k, v, beta, g,
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         qk_l2norm=l2norm, beta_rule=("sigmoid2" if neg_eigval else "sigmoid") if sigmoid else "raw",
         chunk_size=chunk_size, checkpoint_every=every, mode=mode,

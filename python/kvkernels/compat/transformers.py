@@ -33,9 +33,11 @@ def _replacement(original: Callable[..., Any], mode: str) -> Callable[..., Any]:
         given = dict(zip(names, args), **kwargs)
         initial_state = given.get("initial_state")
         # Models hand over slices of a convolution's output, whose channels lie T apart.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (given[n] for n in ("query", "key", "value")))
+        q, k, v, g = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in (given[n] for n in ("query", "key", "value", "g"))
+        )
         result: Any = delta_rule(
-            q, k, v, given["beta"], given["g"],
+            q, k, v, given["beta"], g,
             initial_state=None if initial_state is None else initial_state.float().contiguous(),
             output_final_state=bool(given.get("output_final_state", False)), cu_seqlens=given.get("cu_seqlens"),
             qk_l2norm=bool(given.get("use_qk_l2norm_in_kernel", False)), mode=mode,
