@@ -116,3 +116,14 @@ def test_two_ranks(tmp_path: Path) -> None:
     for i, t in enumerate(x.values()):
         assert t.grad is not None
         close(torch.cat([p[2][i] for p in parts], 1), t.grad, factor=10)
+
+
+def test_autocast_leaves_contexts_alone() -> None:
+    x = make()
+    cuts = torch.tensor([0, 40, 101, 150], dtype=torch.int32)
+    c = context(x, cu_seqlens=cuts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = c.initial_states()
+        both = c.then(c)
+    assert torch.equal(states, c.initial_states())
+    assert both.transition.dtype == torch.float32

@@ -45,8 +45,9 @@ void check_slots(const Check& c, const DeltaRuleStepParams& p, bool own_slots) {
   std::sort(uses.begin(), uses.end(), [](const Use& x, const Use& y) {
     return x.slot != y.slot ? x.slot < y.slot : x.writes != y.writes ? x.writes : x.b < y.b;
   });
-  for (size_t i = 1; i < uses.size(); ++i) {
-    const Use &x = uses[i - 1], &y = uses[i];
+  for (size_t i = 1, first = 0; i < uses.size(); ++i) {
+    if (uses[i].slot != uses[first].slot) first = i;  // a writer, if the slot has one
+    const Use &x = uses[first], &y = uses[i];
     if (x.slot >= 0 && x.slot == y.slot && x.b != y.b && x.writes)
       c.refuse(at(x.name, x.b, x.t), " and ", at(y.name, y.b, y.t), " are both slot ", x.slot,
                ", but a slot that is written belongs to one sequence");

@@ -57,8 +57,8 @@ __device__ __forceinline__ void diagonal_pairs(const float* e, const float* q, c
 
 // Grid (slots, heads): value heads, or key heads where the value heads of a key head share the products of rows.
 template <Operands O, bool PerChannel>
-__global__ __launch_bounds__(kDeltaThreads) void delta_intra_kernel(DeltaInputs p, DeltaIntra out,
-                                                                    int heads_per_block) {
+__global__ __launch_bounds__(kDeltaThreads, 3) void delta_intra_kernel(DeltaInputs p, DeltaIntra out,
+                                                                       int heads_per_block) {
   KK_DYN_SMEM(float, smem);
   const DeltaChunk chunk = chunk_of(p, blockIdx.x);
   if (chunk.rows == 0) return;

@@ -53,6 +53,7 @@ __global__ __launch_bounds__(kThreads) void tril_inverse_kernel(TrilInverseParam
 
 void tril_inverse(const TrilInverseParams& p, const CudaExec& exec) {
   if (p.batch == 0) return;
+  if (p.batch >> 31) fail("tril_inverse: too many matrices for one launch on CUDA");
   int padded = 16;
   while (padded < p.n) padded *= 2;
   const size_t floats = padded * (padded + 4) + (padded > 16 ? tril_scratch(padded) : 0);

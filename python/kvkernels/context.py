@@ -6,13 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kvkernels.ops._delta import product as _product
 from kvkernels.ops.delta_rule import _delta_rule
 
 
 class DeltaContext(NamedTuple):
     """A segment takes the state S before it to transition @ S + state. Both float32, one per sequence and value head.
 
-    The transitions of a long chain must stay in float32: leave torch.backends.cuda.matmul.allow_tf32 off, as it is.
+    The transitions of a long chain must stay in float32: autocast does not reach them, but leave
+    torch.backends.cuda.matmul.allow_tf32 off, as it is.
     """
 
     state: Tensor  # [N, HV, K, V]
@@ -20,11 +22,11 @@ class DeltaContext(NamedTuple):
 
     def then(self, later: "DeltaContext") -> "DeltaContext":
         """The context of this segment and the `later` one that follows it. Associative."""
-        return DeltaContext(later.transition @ self.state + later.state, later.transition @ self.transition)
+        return DeltaContext(later.after(self.state), _product(later.transition, self.transition))
 
     def after(self, initial_state: Tensor | None = None) -> Tensor:
         """The state after the segment, [N, HV, K, V]; initial_state: before it, zeros unless given."""
-        return self.state if initial_state is None else self.transition @ initial_state + self.state
+        return self.state if initial_state is None else _product(self.transition, initial_state) + self.state
 
     def initial_states(self, initial_state: Tensor | None = None) -> Tensor:
         """For N segments of one sequence, one after the other: the state before each, [N, HV, K, V].
@@ -37,7 +39,7 @@ class DeltaContext(NamedTuple):
         """
         before = [torch.zeros_like(self.state[:1].sum(0)) if initial_state is None else initial_state]
         for state, transition in zip(self.state[:-1], self.transition[:-1]):
-            before.append(transition @ before[-1] + state)
+            before.append(_product(transition, before[-1]) + state)
         return torch.stack(before[: len(self.state)]) if len(self.state) else self.state
 
     def gather(self, group: Any = None, initial_state: Tensor | None = None) -> Tensor:
@@ -70,7 +72,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous()
+        total = grads[0].clone(memory_format=torch.contiguous_format)  # not the engine's own
         dist.all_reduce(total, group=ctx.group)
         return total[dist.get_rank(ctx.group)], None
 
@@ -113,5 +115,5 @@ def delta_context(
     state = final_state(v, write, None)
     K = k.shape[-1]
     nothing = v.new_zeros(K).expand(*v.shape[:-1], K)
-    unit = torch.eye(K, device=k.device).expand(*state.shape[:2], K, K).contiguous()
+    unit = torch.eye(K, dtype=torch.float32, device=k.device).expand(*state.shape[:2], K, K).contiguous()
     return DeltaContext(state, final_state(nothing, None, unit))

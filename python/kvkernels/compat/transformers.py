@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvkernels.ops.delta_rule import delta_rule
@@ -36,13 +37,17 @@ def _replacement(original: Callable[..., Any], mode: str) -> Callable[..., Any]:
         q, k, v, g = (
             x if x.stride(-1) == 1 else x.contiguous() for x in (given[n] for n in ("query", "key", "value", "g"))
         )
+        if not q.dtype == k.dtype == v.dtype or q.dtype == torch.float64:
+            q, k, v = q.float(), k.float(), v.float()
+        beta, g = (x.float() if x.dtype == torch.float64 else x for x in (given["beta"], g))
         result: Any = delta_rule(
-            q, k, v, given["beta"], g,
+            q, k, v, beta, g,
             initial_state=None if initial_state is None else initial_state.float().contiguous(),
             output_final_state=bool(given.get("output_final_state", False)), cu_seqlens=given.get("cu_seqlens"),
             qk_l2norm=bool(given.get("use_qk_l2norm_in_kernel", False)), mode=mode,
         )  # fmt: skip
-        return result if isinstance(result, tuple) else (result, None)
+        o, state = result if isinstance(result, tuple) else (result, None)
+        return o.to(given["query"].dtype), state
 
     return gated_delta_rule
 

@@ -28,6 +28,12 @@ def check_tensors(op: str, required: dict[str, Any], optional: dict[str, Any]) -
             _args.no_tensor(op, name, t, "a tensor or None")
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype, inside autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 class Rule(NamedTuple):
     """Options of the recurrence."""
 

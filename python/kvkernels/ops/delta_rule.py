@@ -70,8 +70,8 @@ def delta_rule(
     one after its tokens up to (j + 1) n. With cu_seqlens checkpoints are [T // n, HV, K, V], and state j of sequence i
     is number cu_seqlens[i] // n + j; numbers that no sequence has hold zeros.
 
-    The gradient is that of everything but checkpoints, whatever the mode. For it the state is kept every
-    checkpoint_every tokens, 512 unless given, and the rest is computed again. There is no second derivative.
+    The gradient is that of everything but checkpoints, whatever the mode. For it, on CPU, the state is kept every
+    checkpoint_every tokens, 512 unless given; the rest, on CUDA all, is computed again. There is no second derivative.
 
     State and sums are float32. Keys of length 1 and beta of at most 2 keep S from growing. Bits of a sequence do not
     depend on others in the batch, on padding, or on the number of threads. ValueError: dtypes, shapes or devices that
@@ -119,11 +119,15 @@ def _delta_rule(
     recurrent = bool(_delta.option("delta_rule", "mode", mode, MODES))
     if scale is None:
         scale = k.shape[-1] ** -0.5 if k.dim() and k.shape[-1] else 1.0
+    if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
+        kind = str(cu_seqlens.dtype).removeprefix("torch.")
+        raise ValueError(f"delta_rule: cu_seqlens must be int32 or int64, got {kind}")
     if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.clamp(-1, 2**31 - 1).to(torch.int32)
     every = checkpoint_every
     if (
         not every
+        and k.device.type == "cpu"  # on CUDA the backward pass makes all of them again
         and torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (k, v, *optional.values()))
     ):

@@ -51,13 +51,14 @@ def delta_rule_step(
     gate           (A_log, dt_bias, lower_bound): the decay is made of g here, x = g + dt_bias. lower_bound 0:
                    -exp(A_log) softplus(x); negative: lower_bound * sigmoid(exp(A_log) x). A_log float32 [HV]; dt_bias
                    float32, [HV] or, if g is per channel, [HV, K], or None for 0
-    out            where to write; like v, contiguous
+    out            where to write; like v, contiguous, no memory of the inputs'
 
     Returns o, [B, HV, V] or [B, T, HV, V], in the dtype of q. The state is float32 while it is worked on and is rounded
-    to the pool's dtype after every token, so that T tokens in one call give the bits of T calls. A slot that one
-    sequence writes must not be another's; a slot that nobody writes may be read by many. ValueError: dtypes, shapes or
-    devices that do not fit, options out of range, inputs that require grad (there is no backward: delta_rule has one);
-    seen on CPU: slots past the pool or of two sequences, parents that are not earlier tokens or whose state is gone.
+    to the pool's dtype after every token, so that T tokens in one call give the bits of T calls; T = 0 writes nothing.
+    A slot that one sequence writes must not be another's; a slot that nobody writes may be read by many. ValueError:
+    dtypes, shapes or devices that do not fit, options out of range, inputs that require grad (there is no backward:
+    delta_rule has one); seen on CPU: slots past the pool or of two sequences, parents that are not earlier tokens or
+    whose state is gone.
 
     Source: as delta_rule; the fused gates, Yang et al. 2024, arXiv:2412.06464 and Kimi Team 2025, arXiv:2510.26692.
     """

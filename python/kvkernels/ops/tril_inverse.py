@@ -53,7 +53,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (inverse,) = ctx.saved_tensors
     x = inverse.float().mT
-    return -(x @ grad.float() @ x).tril(-1).to(inverse.dtype), None
+    return -_delta.product(_delta.product(x, grad.float()), x).tril(-1).to(inverse.dtype), None
 
 
 torch.library.register_autograd("kvkernels::tril_inverse", _backward, setup_context=_setup_context)
