@@ -1,4 +1,4 @@
-"""Decode: one token per sequence. Bound by reading and writing the states; warm, one layer's states lie in cache."""
+"""Decode: one token per sequence. Bound by the states' way from memory; warm, one layer's states lie in cache."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         for dtype in (torch.float32, torch.bfloat16):
             pool = torch.zeros(batch, HV, D, D, dtype=dtype)
             run = partial(kk.delta_rule_step, q, k, v, beta, g, state=pool, slots=slots, qk_l2norm=True)
-            moved = float(pool.numel() * pool.element_size())
+            moved = float(pool.numel() * pool.element_size()) if cold else 0.0
             name = "fp32 state" if dtype == torch.float32 else "bf16 state"
-            contestants.append(Contestant(name, run, 0.0, 6.0 * pool.numel(), copies=moved))
+            contestants.append(Contestant(name, run, moved, 6.0 * pool.numel()))
         if theirs is not None:
             state = torch.zeros(batch, HV, D, D)
             step = partial(theirs, *(x.unsqueeze(1) for x in (q, k, v)), g.unsqueeze(1), beta.unsqueeze(1), state)
-            moved = float(state.numel() * 4)
-            contestants.append(Contestant("HF", step, 0.0, 6.0 * state.numel(), copies=moved, peer=True))
+            moved = float(state.numel() * 4) if cold else 0.0
+            contestants.append(Contestant("HF", step, moved, 6.0 * state.numel(), peer=True))
         state = torch.zeros(batch, HV, D, D)
         vllm = peers.vllm_delta_step(q, k, v, state)
         if vllm is not None:
-            moved = float(state.numel() * 4)
-            contestants.append(Contestant("vLLM", vllm, 0.0, 6.0 * state.numel(), copies=moved, peer=True))
+            moved = float(state.numel() * 4) if cold else 0.0
+            contestants.append(Contestant("vLLM", vllm, moved, 6.0 * state.numel(), peer=True))
         label = f"B{batch} H{H} HV{HV} {'cold' if cold else 'warm'}"
-        yield Race("delta_rule_step", label, threads, contestants, ["HF", "vLLM"], cold=cold, inner=1 if cold else 20)
+        yield Race(
+            "delta_rule_step", label, threads, contestants, ["HF", "vLLM"], cold=cold, inner=1 if cold else 200 // batch
+        )
