@@ -41,6 +41,5 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
             moved = float(state.numel() * 4) if cold else 0.0
             contestants.append(Contestant("vLLM", vllm, moved, 6.0 * state.numel(), peer=True))
         label = f"B{batch} H{H} HV{HV} {'cold' if cold else 'warm'}"
-        yield Race(
-            "delta_rule_step", label, threads, contestants, ["HF", "vLLM"], cold=cold, inner=1 if cold else 200 // batch
-        )
+        inner = 1 if cold else 200 // batch  # calls per timing: the first of them is not warm
+        yield Race("delta_rule_step", label, threads, contestants, ["HF", "vLLM"], cold=cold, inner=inner)
