@@ -286,6 +286,20 @@ def test_transformers_packed_sequences_stay_apart(patched: Callable[..., list[st
 
 
 @pytest.mark.once
+def test_transformers_takes_mixed_dtypes(patched: Callable[..., list[str]]) -> None:
+    """As its own functions, which work in float32 whatever comes and answer in the query's dtype."""
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    theirs = module.torch_chunk_gated_delta_rule
+    patched("qwen3_next")
+    x = inputs()
+    args = x["q"].bfloat16(), x["k"].double(), x["v"].bfloat16()
+    gates = {"g": -x["g"].exp().double(), "beta": x["beta"].sigmoid()}
+    (got, _), (truth, _) = (f(*args, **gates) for f in (module.torch_chunk_gated_delta_rule, theirs))
+    assert got.dtype == truth.dtype == torch.bfloat16
+    assert ratio(got, truth) < 1e-3
+
+
+@pytest.mark.once
 def test_transformers_names_models_without_a_delta_rule(patched: Callable[..., list[str]]) -> None:
     with pytest.raises(ValueError, match=r"transformers\.models\.llama has none of"):
         patched("llama")

@@ -51,7 +51,7 @@ def delta_rule_step(
     gate           (A_log, dt_bias, lower_bound): the decay is made of g here, x = g + dt_bias. lower_bound 0:
                    -exp(A_log) softplus(x); negative: lower_bound * sigmoid(exp(A_log) x). A_log float32 [HV]; dt_bias
                    float32, [HV] or, if g is per channel, [HV, K], or None for 0
-    out            where to write; like v, contiguous, no memory of the inputs'
+    out            where to write; like v, contiguous, in memory that no input has
 
     Returns o, [B, HV, V] or [B, T, HV, V], in the dtype of q. The state is float32 while it is worked on and is rounded
     to the pool's dtype after every token, so that T tokens in one call give the bits of T calls; T = 0 writes nothing.
