@@ -18,10 +18,12 @@ struct Pool {
   Format k_format, v_format;
 };
 
-// mu and t of the key transform k' = H diag(t) (k - mu); applies to formats that rotate. Null: mu = 0, t = 1.
+// mu, t and the channel order of the key transform k' = H (diag(t) (k - mu))[order]; applies to formats that rotate, the order
+// to those of two parts alone (core/halves.h). Null: mu = 0, t = 1, channels as they come.
 struct KeyTransform {
   const float* centre;   // [Hkv, D]
   const float* balance;  // [Hkv, D]
+  const int32_t* order;  // [Hkv, D] a permutation of 0 .. D - 1 per head: channel order[j] is stored as number j
 };
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };

@@ -1,60 +1,76 @@
-// One side (K or V) of a page for formats whose every token is coded by itself: u8, u4, u3, u2.
+// One side (K or V) of a page for formats whose every token is coded by itself.
 //
-//   +--------------------------+-------------------------+----------------------------------------+
-//   | plane 0: [page_size]     | plane 1 (u3 only):      | scales: fp16 [page_size][ceil(D/128)]   |
-//   |   B0*D/8 bytes per token |   D/8 bytes per token   |                                         |
-//   +--------------------------+-------------------------+----------------------------------------+
+//   +-----------------------------------+----------------------------+-------------------------------------------+
+//   | plane 0: [page_size]              | plane 1 (3 bits only):     | scales: [page_size][ceil(D/128)]          |
+//   |   B0*D/8 bytes per token          |   D/8 bytes per token      |   fp16, or 1 byte (core/scale.h)          |
+//   |   (trits: ceil(n/5) per n = 128)  |                            |                                           |
+//   +-----------------------------------+----------------------------+-------------------------------------------+
 //
 // A plane holds some bits of every code, little-endian and linear along the head dim (core/pack.h). u3 = 2-bit plane + 1-bit plane.
 #pragma once
-#include "kvkernels/core/midrise.h"
+#include "kvkernels/core/grid.h"
 #include "kvkernels/core/side.h"
 
 KK_BEGIN
 
-template <int B>
+template <typename Grid_, typename Scale_ = ScaleF16>
 struct TokenCodes {
-  static constexpr int bits = B;
+  using Grid = Grid_;
+  using Scale = Scale_;
+  static constexpr int bits = Grid::bits;
   static constexpr bool packed = true;
-  static constexpr bool rotated = true;            // stored as H diag(t) (x - mu) for K, H x for V
-  static constexpr int low_bits = B == 3 ? 2 : B;  // width of plane 0
-  using Grid = MidRise<B>;
+  static constexpr bool rotated = true;  // stored as H diag(t) (x - mu) for K, H x for V
+  static constexpr bool keys_only = false;
+  static constexpr int parts = 1;  // of the channels, each rotated and stored by itself (core/halves.h)
+  template <int>
+  using Part = TokenCodes;
 
   KK_HD static constexpr bool whole_pages(Side) { return false; }
   KK_HD static constexpr int64_t groups(int64_t D) { return (D + kScaleGroup - 1) / kScaleGroup; }
-  KK_HD static constexpr int64_t plane1_offset(int64_t page_size, int64_t D) { return page_size * D * low_bits / 8; }
-  KK_HD static constexpr int64_t scales_offset(int64_t page_size, int64_t D) { return page_size * D * B / 8; }
+  KK_HD static constexpr int64_t group_channels(int64_t D) { return D < kScaleGroup ? D : kScaleGroup; }
+  // Bytes of a token in a plane; those of group g begin g / groups(D) into it.
+  KK_HD static constexpr int64_t low_row(int64_t D) { return groups(D) * Grid::low_bytes(group_channels(D)); }
+  KK_HD static constexpr int64_t high_row(int64_t D) { return groups(D) * Grid::high_bytes(group_channels(D)); }
+  KK_HD static constexpr int64_t scale_row(int64_t D) {
+    return groups(D) * static_cast<int64_t>(sizeof(typename Scale::Bits));
+  }
+  KK_HD static constexpr int64_t plane1_offset(int64_t page_size, int64_t D) { return page_size * low_row(D); }
+  KK_HD static constexpr int64_t scales_offset(int64_t page_size, int64_t D) {
+    return page_size * (low_row(D) + high_row(D));
+  }
+  KK_HD static constexpr int64_t part_offset(int, int64_t, int64_t) { return 0; }
   KK_HD static constexpr int64_t side_bytes(Side, int64_t page_size, int64_t D) {
-    return scales_offset(page_size, D) + page_size * groups(D) * 2;
+    return scales_offset(page_size, D) + page_size * scale_row(D);
   }
 
   // x [n][D] in the stored basis -> tokens first .. first + n - 1 of the page.
-  KK_HD static void encode(Side, const float* x, int64_t first, int64_t n, uint8_t* side, int64_t page_size,
+  KK_HD static void encode(Side kind, const float* x, int64_t first, int64_t n, uint8_t* side, int64_t page_size,
                            int64_t D) {
-    uint8_t code[256];
-    for (int64_t t = first; t < first + n; ++t, x += D) {
-      for (int64_t g = 0; g < groups(D); ++g) {
-        const int64_t c = g * kScaleGroup, len = D - c < kScaleGroup ? D - c : kScaleGroup;
-        const uint16_t scale = Grid::encode(x + c, len, code + c);
-        memcpy(side + scales_offset(page_size, D) + (t * groups(D) + g) * 2, &scale, 2);
+    const bool unbiased = kind == Side::V && Grid::unbiased_values;
+    const int64_t len = group_channels(D);
+    uint8_t code[kScaleGroup];
+    for (int64_t t = first; t < first + n; ++t)
+      for (int64_t g = 0; g < groups(D); ++g, x += len) {
+        const auto scale = encode_group<Grid, Scale>(x, len, unbiased, code);
+        memcpy(side + scales_offset(page_size, D) + t * scale_row(D) + g * sizeof(scale), &scale, sizeof(scale));
+        Grid::pack(code, len, side + t * low_row(D) + g * Grid::low_bytes(len),
+                   side + plane1_offset(page_size, D) + t * high_row(D) + g * Grid::high_bytes(len));
       }
-      pack_bits<low_bits>(code, D, 0, side + t * D * low_bits / 8);
-      if constexpr (B == 3) pack_bits<1>(code, D, 2, side + plane1_offset(page_size, D) + t * D / 8);
-    }
   }
 
   KK_HD static void decode(Side, const uint8_t* side, int64_t first, int64_t n, float* x, int64_t page_size,
                            int64_t D) {
-    for (int64_t t = first; t < first + n; ++t, x += D) {
-      uint8_t code[256] = {};
-      unpack_bits<low_bits>(side + t * D * low_bits / 8, D, 0, code);
-      if constexpr (B == 3) unpack_bits<1>(side + plane1_offset(page_size, D) + t * D / 8, D, 2, code);
-      for (int64_t i = 0; i < D; ++i) {
-        uint16_t scale;
-        memcpy(&scale, side + scales_offset(page_size, D) + (t * groups(D) + i / kScaleGroup) * 2, 2);
-        x[i] = Grid::decode(code[i], f16_to_float(scale));
+    const int64_t len = group_channels(D);
+    uint8_t code[kScaleGroup];
+    for (int64_t t = first; t < first + n; ++t)
+      for (int64_t g = 0; g < groups(D); ++g, x += len) {
+        typename Scale::Bits scale;
+        memcpy(&scale, side + scales_offset(page_size, D) + t * scale_row(D) + g * sizeof(scale), sizeof(scale));
+        Grid::unpack(side + t * low_row(D) + g * Grid::low_bytes(len),
+                     side + plane1_offset(page_size, D) + t * high_row(D) + g * Grid::high_bytes(len), len, code);
+        const float s = Scale::to_float(scale);
+        for (int64_t i = 0; i < len; ++i) x[i] = s * (static_cast<float>(code[i]) - Grid::offset);
       }
-    }
   }
 };
 

@@ -26,6 +26,7 @@ struct kivi2 {
   static constexpr int bits = 2;
   static constexpr bool packed = true;
   static constexpr bool rotated = false;
+  static constexpr bool keys_only = false;
   static constexpr int64_t v_group = 32;
 
   KK_HD static constexpr bool whole_pages(Side s) { return s == Side::K; }

@@ -25,9 +25,11 @@ class Codec(Protocol):
 
     NAME: str
     NUMBER: int  # of formats.def: written into files, never reused
-    BITS: int
+    BITS: float
     PACKED: bool
     ROTATED: bool
+    KEYS_ONLY: bool  # values cannot be stored so
+    PARTS: int  # of the channels, rotated apart
 
     def whole_pages(self, side: str) -> bool: ...
     def side_bytes(self, side: str, page_size: int, head_dim: int) -> int: ...
@@ -134,7 +136,7 @@ def format(k: str | Format, v: str | None = None) -> Format:
 
     format("u2")        keys and values in u2
     format("u3", "u2")  keys in u3, values in u2; format("u3/u2") is the same
-    A Format passes through. An unknown name raises a ValueError that lists the known ones.
+    A Format passes through. ValueError: an unknown name (lists the known ones); values in a format for keys alone.
     """
     if isinstance(k, Format):
         if v is not None:
@@ -142,37 +144,64 @@ def format(k: str | Format, v: str | None = None) -> Format:
         k, v = k
     elif isinstance(k, str) and v is None and "/" in k:
         k, v = k.split("/", 1)
-    return Format(codec(k).NAME, codec(k if v is None else v).NAME)
+    values = codec(k if v is None else v)
+    if values.KEYS_ONLY:
+        raise ValueError(
+            f'{values.NAME} is a format for keys; name one for the values too, as in format("{codec(k).NAME}", "u2")'
+        )
+    return Format(codec(k).NAME, values.NAME)
 
 
 def formats() -> tuple[Format, ...]:
-    """All formats, keys and values alike, in the order of their numbers. Any two of them make a pair for `format`."""
-    return tuple(Format(name, name) for name in CODECS)
+    """All formats in the order of their numbers, keys and values alike; those for keys alone with values in u2. Any of
+    them for keys and any that is not for keys alone for values make a pair for `format`."""
+    return tuple(Format(name, "u2" if c.KEYS_ONLY else name) for name, c in CODECS.items())
 
 
-# The basis. centre and balance are [..., head_dim]; numbers are [..., tokens, head_dim].
-Transform = tuple[Tensor, Tensor]
+# The basis: centre and balance [..., head_dim], order int [..., head_dim] or None; numbers are [..., tokens, head_dim].
+Transform = tuple[Tensor, ...]
 
 
-def to_stored(side: str, x: Tensor, name: str, centre: Tensor | None = None, balance: Tensor | None = None) -> Tensor:
-    """Numbers as the user has them -> as the format stores them: H diag(balance) (k - centre), H v, or unchanged.
+def to_stored(
+    side: str,
+    x: Tensor,
+    name: str,
+    centre: Tensor | None = None,
+    balance: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Numbers as the user has them -> as the format stores them: H (diag(balance) (k - centre))[order], H v, or unchanged.
 
-    In x's dtype; exact to the bit in float32. centre and balance [..., head_dim] without the token dim, keys only.
+    In x's dtype; exact to the bit in float32. centre, balance and order [..., head_dim] without the token dim, keys only.
+    Formats of one part take channels as they come; those of two rotate each half of them by itself.
     """
-    if not codec(name).ROTATED:
+    c = codec(name)
+    if not c.ROTATED:
         return x
     if side == "k" and centre is not None:
         x = x - centre.to(x).unsqueeze(-2)
     if side == "k" and balance is not None:
         x = x * balance.to(x).unsqueeze(-2)
-    return fwht(x, _scale(x))
+    if side == "k" and order is not None and c.PARTS > 1:
+        x = x.gather(-1, order.long().unsqueeze(-2).expand_as(x))
+    return _rotated(x, c.PARTS)
 
 
-def from_stored(side: str, x: Tensor, name: str, centre: Tensor | None = None, balance: Tensor | None = None) -> Tensor:
+def from_stored(
+    side: str,
+    x: Tensor,
+    name: str,
+    centre: Tensor | None = None,
+    balance: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
     """The way back of to_stored."""
-    if not codec(name).ROTATED:
+    c = codec(name)
+    if not c.ROTATED:
         return x
-    x = fwht(x, _scale(x))
+    x = _rotated(x, c.PARTS)
+    if side == "k" and order is not None and c.PARTS > 1:
+        x = x.gather(-1, order.long().argsort(-1).unsqueeze(-2).expand_as(x))
     if side == "k" and balance is not None:
         x = x / balance.to(x).unsqueeze(-2)
     if side == "k" and centre is not None:
@@ -180,15 +209,16 @@ def from_stored(side: str, x: Tensor, name: str, centre: Tensor | None = None, b
     return x
 
 
-def _scale(x: Tensor) -> float:
-    n = x.shape[-1]
-    return n**-0.5 if x.dtype == torch.float64 else fwht_scale(n)
+def _rotated(x: Tensor, parts: int) -> Tensor:
+    n = x.shape[-1] // parts
+    scale = n**-0.5 if x.dtype == torch.float64 else fwht_scale(n)
+    return torch.cat([fwht(part, scale) for part in x.chunk(parts, -1)], -1)
 
 
 def encode_page(fmt: Format, k: Tensor, v: Tensor, transform: Transform | None = None) -> Tensor:
     """Pages from keys and values [..., page_size, head_dim] (any float dtype): uint8 [..., page_bytes].
 
-    transform: (centre, balance), each [..., head_dim] with k's leading dims or fewer: [Hkv, D] where k is
+    transform: (centre, balance[, order]), each [..., head_dim] with k's leading dims or fewer: [Hkv, D] where k is
     [..., Hkv, page_size, D].
     """
     page_size, head_dim = k.shape[-2:]

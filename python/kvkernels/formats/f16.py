@@ -10,6 +10,8 @@ NUMBER = 1
 BITS = 16
 PACKED = False
 ROTATED = False
+KEYS_ONLY = False
+PARTS = 1
 
 __all__ = ["decode", "encode", "side_bytes", "token_bytes", "whole_pages"]
 

@@ -8,13 +8,15 @@ Source: Liu et al. 2024, arXiv:2402.02750 (KIVI).
 import torch
 from torch import Tensor
 
-from kvkernels.formats._midrise import MAX_SCALE, bytes_f16, f16_bytes, nan_f16, pack_bits, unpack_bits
+from kvkernels.formats._grid import MAX_SCALE, bytes_f16, f16_bytes, nan_f16, pack_bits, unpack_bits
 
 NAME = "kivi2"
 NUMBER = 6
 BITS = 2
 PACKED = True
 ROTATED = False
+KEYS_ONLY = False
+PARTS = 1
 
 V_GROUP = 32
 

@@ -1,14 +1,16 @@
 """u2: rotated, 2-bit mid-rise codes, one fp16 scale per token and 128 channels. 2.125 bits per element at D = 128."""
 
-from kvkernels.formats._midrise import TokenCodes
+from kvkernels.formats._grid import MidRise, TokenCodes
 
 NAME = "u2"
 NUMBER = 5
 BITS = 2
 PACKED = True
 ROTATED = True
+KEYS_ONLY = False
+PARTS = 1
 
-_side = TokenCodes(BITS)
+_side = TokenCodes(MidRise(2))
 whole_pages = _side.whole_pages
 side_bytes = _side.side_bytes
 encode = _side.encode

@@ -1,14 +1,16 @@
 """u8: rotated, 8-bit mid-rise codes, one fp16 scale per token and 128 channels. 8.125 bits per element at D = 128."""
 
-from kvkernels.formats._midrise import TokenCodes
+from kvkernels.formats._grid import MidRise, TokenCodes
 
 NAME = "u8"
 NUMBER = 2
 BITS = 8
 PACKED = True
 ROTATED = True
+KEYS_ONLY = False
+PARTS = 1
 
-_side = TokenCodes(BITS)
+_side = TokenCodes(MidRise(8))
 whole_pages = _side.whole_pages
 side_bytes = _side.side_bytes
 encode = _side.encode
