@@ -44,6 +44,8 @@ inline void check_pools(const AttentionParams& p) {
   for (int i = 0; i < p.num_pools; ++i) {
     const Pool& pool = p.pools[i];
     const std::string name = "pool " + std::to_string(i);
+    if (pool.k_format > Format::kivi2 || pool.v_format > Format::kivi2)
+      refuse("the format of " + name + " is not on CUDA yet");
     if (p.dtype == DType::f16 && (pool.k_format == Format::bf16 || pool.v_format == Format::bf16))
       refuse("q is float16, but " + name +
              " holds bf16, whose numbers may not fit float16; on CUDA use "
@@ -65,9 +67,10 @@ SideArrays side_arrays(Format format, Side side, int64_t page_size) {
   with_format(format, [&](auto fmt) {
     using Fmt = decltype(fmt);
     if constexpr (Fmt::rotated) {
-      s.array[0] = {0, D * Fmt::low_bits / 8, 0};
-      if (Fmt::bits == 3) s.array[1] = {static_cast<int>(Fmt::plane1_offset(ps, D)), D / 8, 0};
-      s.array[2] = {static_cast<int>(Fmt::scales_offset(ps, D)), static_cast<int>(Fmt::groups(D)) * 2, 0};
+      using Part = typename Fmt::template Part<0>;
+      s.array[0] = {0, static_cast<int>(Part::low_row(D)), 0};
+      s.array[1] = {static_cast<int>(Part::plane1_offset(ps, D)), static_cast<int>(Part::high_row(D)), 0};
+      s.array[2] = {static_cast<int>(Part::scales_offset(ps, D)), static_cast<int>(Part::scale_row(D)), 0};
     } else if constexpr (Fmt::packed) {
       s.array[0] = {0, D / 4, 0};
       const int scales = static_cast<int>(Fmt::scale_offset(ps, D)),

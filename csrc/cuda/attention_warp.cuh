@@ -20,8 +20,7 @@
 #pragma once
 #include "cuda/attention_schedule.cuh"
 #include "cuda/codes.cuh"
-#include "kvkernels/core/fwht.h"
-#include "kvkernels/core/midrise.h"
+#include "kvkernels/core/grid.h"
 
 namespace kk::cuda {
 
