@@ -353,6 +353,7 @@ struct Row {
 };
 
 struct SideLayout {
+  Side side;
   int64_t page_size, head_dim;
   int64_t token_stride;  // bytes from token to token, 16-bit sides
 };
@@ -425,10 +426,10 @@ KK_INLINE F grid_level(F y) {
 
 template <typename Fmt, DType T, int D>
 struct TokenRows {  // u8 u4 u3 u2
-  static constexpr int B = Fmt::bits, N = D / F::W, groups = static_cast<int>(Fmt::groups(D)), M = N / groups;
-  using Grid = MidRise<B>;
+  using Grid = typename Fmt::Grid;
+  static constexpr int B = Grid::bits, N = D / F::W, groups = static_cast<int>(Fmt::groups(D)), M = N / groups;
 
-  static uint8_t* low(const Row& r) { return r.side + r.token * (D * Fmt::low_bits / 8); }
+  static uint8_t* low(const Row& r) { return r.side + r.token * (D * Grid::low_bits / 8); }
   static uint8_t* high(const Row& r, const SideLayout& at) {
     return r.side + Fmt::plane1_offset(at.page_size, D) + r.token * (D / 8);
   }
@@ -449,7 +450,8 @@ struct TokenRows {  // u8 u4 u3 u2
     const auto row = [&](int64_t r) -> const Row& { return rows[r < n ? r : n - 1]; };
     const int64_t whole = (n + kRows - 1) / kRows * kRows;
     alignas(64) float x[kBlock][D], inv[groups][kBlock * 4];
-    F sums[groups][kBlock], tops[groups][kBlock];  // later: sums of x c and of c c
+    const bool unbiased = at.side == Side::V && Grid::unbiased_values;
+    F sums[groups][kBlock], tops[groups][kBlock], squares[groups][kBlock];  // later: sums of x c and of c c
 
     for (int64_t r = 0; r < whole; ++r) {
       if (r + kBlock < named) {
@@ -482,11 +484,12 @@ struct TokenRows {  // u8 u4 u3 u2
           base = sqrt(sum * F::fill(1.0f / (M * F::W)));
         else
           base = fold_rows(tops[g] + r, larger);
+        squares[g][r] = sum;
         const F start = min(max(base * F::fill(Grid::start), F::fill(kTinyScale)), F::fill(kMaxScale));
         (F::fill(1.0f) / start).store(inv[g] + 4 * r);
       }
     if (!ordinary) {  // NaN, Inf, or a norm past 1e6, where codes before the clamp could pass 2^31
-      for (int64_t r = 0; r < n; ++r) Fmt::encode(Side::K, x[r], rows[r].token, 1, rows[r].side, at.page_size, D);
+      for (int64_t r = 0; r < n; ++r) Fmt::encode(at.side, x[r], rows[r].token, 1, rows[r].side, at.page_size, D);
       return;
     }
 
@@ -503,14 +506,40 @@ struct TokenRows {  // u8 u4 u3 u2
         tops[g][r] = den;
       });
 
+    const auto store_scales = [&](F s, int64_t r, int g) {
+      alignas(64) uint16_t half[F::W];
+      min(s, F::fill(kMaxScale)).store_f16(half);
+      for (int64_t i = 0; i < kRows; ++i) store_u16(half[4 * i], scale(row(r + i), at, g));
+      return F::load_f16(half);
+    };
     for (int g = 0; g < groups; ++g)
       for (int64_t r = 0; r < whole; r += kRows) {
-        alignas(64) uint16_t half[F::W];
-        min(fold_rows(sums[g] + r, plus) / fold_rows(tops[g] + r, plus), F::fill(kMaxScale)).store_f16(half);
-        const F s = F::load_f16(half);
-        where_positive(s, F::fill(1.0f) / s).store(inv[g] + 4 * r);
-        for (int64_t i = 0; i < kRows; ++i) store_u16(half[4 * i], scale(row(r + i), at, g));
+        const F least_squares = fold_rows(sums[g] + r, plus) / fold_rows(tops[g] + r, plus);
+        if (unbiased) {
+          (F::fill(1.0f) / max(least_squares, F::fill(kTinyScale))).store(inv[g] + 4 * r);
+        } else {
+          const F s = store_scales(least_squares, r, g);
+          where_positive(s, F::fill(1.0f) / s).store(inv[g] + 4 * r);
+        }
       }
+
+    if (unbiased) {
+      for (int64_t r = 0; r < whole; ++r)
+        each<groups>([&](auto g) {
+          const F inv_r = F::fill(inv[g][4 * r]);
+          F t[M];
+          each<M>([&](auto i) {
+            const F v = F::load(x[r] + (g * M + i) * F::W);
+            t[i] = v * grid_level<B>(v * inv_r);
+          });
+          sums[g][r] = fold<M>(t, plus);
+        });
+      for (int g = 0; g < groups; ++g)
+        for (int64_t r = 0; r < whole; r += kRows) {
+          const F dot = fold_rows(sums[g] + r, plus);
+          store_scales(where_positive(dot, squares[g][r] / dot), r, g);
+        }
+    }
 
     for (int64_t r = 0; r < n; ++r) {
       uint8_t *low_r = low(rows[r]), *high_r = high(rows[r], at);
@@ -521,7 +550,7 @@ struct TokenRows {  // u8 u4 u3 u2
           const int64_t q = g * (M / 4) + j;
           F c[4];
           each<4>([&](auto i) { c[i] = F::load(x[r] + (q * 4 + i) * F::W) * inv_r; });
-          pack_codes<B>(c, low_r + q * unit * Fmt::low_bits, high_r + q * unit);
+          pack_codes<B>(c, low_r + q * unit * Grid::low_bits, high_r + q * unit);
         });
       });
     }
@@ -531,8 +560,9 @@ struct TokenRows {  // u8 u4 u3 u2
     for (const Row* r = rows; r < rows + n; ++r) {
       const uint8_t *low_r = low(*r), *high_r = high(*r, at);
       F v[N];
-      each<N / 4>(
-          [&](auto i) { unpack_codes<B>(low_r + i * (F::W / 2) * Fmt::low_bits, high_r + i * (F::W / 2), v + i * 4); });
+      each<N / 4>([&](auto i) {
+        unpack_codes<B>(low_r + i * (F::W / 2) * Grid::low_bits, high_r + i * (F::W / 2), v + i * 4);
+      });
       each<groups>([&](auto g) {
         const F s = F::fill(half_value(load_u16(scale(*r, at, g)))), offset = F::fill(Grid::offset);
         each<M>([&](auto i) { v[g * M + i] = s * (v[g * M + i] - offset); });
@@ -675,6 +705,17 @@ struct Kivi2Keys {
 
 // ---- from run-time format, dtype and head_dim to a row function
 
+template <typename Fmt>
+inline constexpr bool kCoded = false;
+template <>
+inline constexpr bool kCoded<u8> = true;
+template <>
+inline constexpr bool kCoded<u4> = true;
+template <>
+inline constexpr bool kCoded<u3> = true;
+template <>
+inline constexpr bool kCoded<u2> = true;
+
 template <DType T>
 struct DTypeTag {
   static constexpr DType value = T;
@@ -698,7 +739,10 @@ inline EncodeRows encode_rows(Format format, Side side, int64_t head_dim) {
     } else {
       one_of<64, 128, 256>("head_dim", head_dim, [&](auto D) {
         if constexpr (Fmt::rotated) {
-          f = TokenRows<Fmt, T, D.value>::encode;
+          if constexpr (kCoded<Fmt>)
+            f = TokenRows<Fmt, T, D.value>::encode;
+          else
+            fail("this format is not coded on the CPU yet");
         } else {
           if (side == Side::K) fail("kivi2 codes the keys of a page at once: use pack_pages");
           f = Kivi2Values<T, D.value>::encode;
@@ -720,7 +764,10 @@ inline DecodeRows decode_rows(Format format, Side side, int64_t head_dim) {
     } else {
       one_of<64, 128, 256>("head_dim", head_dim, [&](auto D) {
         if constexpr (Fmt::rotated) {
-          f = TokenRows<Fmt, T, D.value>::decode;
+          if constexpr (kCoded<Fmt>)
+            f = TokenRows<Fmt, T, D.value>::decode;
+          else
+            fail("this format is not coded on the CPU yet");
         } else {
           f = side == Side::K ? Kivi2Keys<T, D.value>::decode : Kivi2Values<T, D.value>::decode;
         }
@@ -742,8 +789,8 @@ struct PoolSide {
     data = keys ? p.k : p.v;
     page_stride = keys ? p.k_page : p.v_page;
     head_stride = keys ? p.k_head : p.v_head;
-    layout = {page_size, head_dim, keys ? p.k_token : p.v_token};
-    transform = {nullptr, nullptr};
+    layout = {side, page_size, head_dim, keys ? p.k_token : p.v_token};
+    transform = {nullptr, nullptr, nullptr};
     if (keys) with_format(p.k_format, [&](auto tag) { transform = decltype(tag)::rotated ? t : transform; });
   }
 
@@ -752,7 +799,8 @@ struct PoolSide {
     return {x,
             data + page * page_stride + head * head_stride,
             token,
-            {transform.centre ? transform.centre + c : nullptr, transform.balance ? transform.balance + c : nullptr}};
+            {transform.centre ? transform.centre + c : nullptr, transform.balance ? transform.balance + c : nullptr,
+             nullptr}};
   }
 };
 

@@ -203,7 +203,7 @@ void test_rows(Format format, DType dtype, int64_t D, bool transform) {
   w.D = D;
   w.page_size = page_size;
   w.pool = p;
-  if (transform) w.transform = {centre.data(), balance.data()};
+  if (transform) w.transform = {centre.data(), balance.data(), nullptr};
   write_kv_cpu(w, one_thread);
 
   ReadKvParams r{};
@@ -297,7 +297,7 @@ void test_pack(Format from, Format to, int64_t D) {
   p.Hkv = Hkv;
   p.D = D;
   p.page_size = page_size;
-  p.transform = {centre.data(), balance.data()};
+  p.transform = {centre.data(), balance.data(), nullptr};
   std::vector<uint8_t> want = dst;
   for (int i = 0; i < 3; ++i)
     for (int64_t h = 0; h < Hkv && pairs[2 * i] >= 0; ++h)
