@@ -23,9 +23,10 @@ def calibrate_keys(k: Tensor, q: Tensor | None = None, skip: int = 16) -> KVTran
 
     Centring takes away what is the same in every key (a bias, slow RoPE channels), which a rotation would smear over
     all channels; balancing gives the channels in which queries are large a finer grid; the order is for formats whose
-    channels have different bits. Attention undoes all of it on the query side at no cost per token. Calibrated once on any text, the result serves as a constant of the layer: in a
-    simulation with keys and values in 2 bits, perplexity was as good as with each prompt's own centre and balance on
-    models of 135M and 1.5B parameters; on the latter it was 163 without the two, 17.0 with, 16.6 in 16 bits.
+    channels have different bits. Attention undoes all of it on the query side at no cost per token. Calibrated once on
+    any text, the result serves as a constant of the layer: in a simulation with keys and values in 2 bits, perplexity
+    was as good as with each prompt's own centre and balance on models of 135M and 1.5B parameters; on the latter it was
+    163 without the two, 17.0 with, 16.6 in 16 bits.
     Source: channel balancing as in Yang et al. 2024, arXiv:2402.18096 (MiKV), here on mean squares and after centring;
     rotation of keys as in Su et al. 2025, arXiv:2501.16383 (RotateKV); the combination measured for this library.
     """
