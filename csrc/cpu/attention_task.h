@@ -42,15 +42,31 @@ template <typename Fmt, int64_t D>
 void decode_rotated(const uint8_t* side, int64_t token, int64_t page_size, float* x) {
   constexpr int N = D / F::W;
   F c[N];
-  const uint8_t* low = side + token * (D * Fmt::low_bits / 8);
+  const uint8_t* low = side + token * (D * Fmt::Grid::low_bits / 8);
   const uint8_t* high = side + Fmt::plane1_offset(page_size, D) + token * (D / 8);
   const uint8_t* scale = side + Fmt::scales_offset(page_size, D) + token * Fmt::groups(D) * 2;
   for (int i = 0; i < N; i += 4)
-    unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::low_bits, high + i / 4 * (F::W / 2), c + i);
+    unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::Grid::low_bits, high + i / 4 * (F::W / 2), c + i);
   for (int i = 0; i < N; ++i) {
     const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
     (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
   }
+}
+
+// Rotated formats whose codes this file reads.
+template <typename Fmt>
+constexpr bool reads_codes() {
+  if constexpr (Fmt::rotated)
+    if constexpr (Fmt::parts == 1) return Fmt::bits >= 2 && sizeof(typename Fmt::Scale::Bits) == 2;
+  return false;
+}
+// 16-bit rows, kivi2 and those.
+template <typename Fmt>
+constexpr bool readable() {
+  if constexpr (!Fmt::packed)
+    return true;
+  else
+    return !Fmt::rotated || reads_codes<Fmt>();
 }
 
 inline bool is_packed(Format f) {
@@ -173,7 +189,10 @@ struct Task {
 
 #if defined(__AVX2__)
   template <typename Fmt>
-  static constexpr bool uses_codes = Fmt::rotated && Fmt::bits <= 4;
+  static constexpr bool uses_codes = [] {
+    if constexpr (reads_codes<Fmt>()) return Fmt::bits <= 4;
+    return false;
+  }();
 #else
   template <typename Fmt>
   static constexpr bool uses_codes = false;
@@ -255,6 +274,8 @@ struct Task {
           row_scores<D>(LoadBf16{row}, c.n, q, D, rows, s, ahead, score_share);
         else
           row_scores<D>(LoadF16{row}, c.n, q, D, rows, s, ahead, score_share);
+      } else if constexpr (!readable<Fmt>()) {
+        fail("attention: this format is not read on the CPU yet");
       } else if constexpr (kPackedDim) {
         gathered ? gathered_side<Fmt, Side::K>(c) : packed_scores<Fmt>(c);
       }
@@ -310,7 +331,7 @@ struct Task {
           for (int j = 0; j < pc.n; ++j) memcpy(y + j * row, x + j * row, row);
         }
       };
-      copy(0, 0, Int<D * Fmt::low_bits / 8>{});
+      copy(0, 0, Int<D * Fmt::Grid::low_bits / 8>{});
       if constexpr (Fmt::bits == 3)
         copy(Fmt::plane1_offset(p.page_size, D), Fmt::plane1_offset(kChunk, D), Int<D / 8>{});
       copy(Fmt::scales_offset(p.page_size, D), Fmt::scales_offset(kChunk, D), Int<kGroups * 2>{});
@@ -456,7 +477,7 @@ struct Task {
       for (int d = 0; d < DIGITS; ++d)
         for (int64_t g = 0; g < kGroups; ++g) {
           int32_t* w = st.words + (((r * DIGITS + d) * kGroups) + g) * planes * quads;
-          Plane<Fmt::low_bits, 0>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w));
+          Plane<Fmt::Grid::low_bits, 0>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w));
           if constexpr (planes == 2)
             Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w + quads));
         }
@@ -467,7 +488,7 @@ struct Task {
   void code_scores(const Chunk& c) {
     constexpr int planes = kPlanes<Fmt>;
     constexpr int64_t quads = kGroup / 4, ldw = kGroups * planes * quads;
-    constexpr int64_t low_row = D * Fmt::low_bits / 8, low_group = kGroup * Fmt::low_bits / 8;
+    constexpr int64_t low_row = D * Fmt::Grid::low_bits / 8, low_group = kGroup * Fmt::Grid::low_bits / 8;
     PoolState& st = state[c.pool_index];
     if (!st.words_ready) make_words<Fmt>(st);
     st.words_ready = true;
@@ -497,8 +518,8 @@ struct Task {
           const uint8_t *rows_low[T], *rows_high[T];
           for (int t = 0; t < T; ++t)
             rows_low[t] = low[v + t] + g * low_group, rows_high[t] = high[v + t] + g * (kGroup / 8);
-          Plane<Fmt::low_bits, 0>::template dot_k<M, T>(rows_low, low_row, low_group, words, ldw, sums[0], T * I::W,
-                                                        false);
+          Plane<Fmt::Grid::low_bits, 0>::template dot_k<M, T>(rows_low, low_row, low_group, words, ldw, sums[0],
+                                                              T * I::W, false);
           if constexpr (planes == 2)
             Plane<1, 2>::template dot_k<M, T>(rows_high, D / 8, kGroup / 8, words + quads, ldw, sums[0], T * I::W,
                                               true);
@@ -524,7 +545,7 @@ struct Task {
   template <typename Fmt>
   void code_accumulate(const Chunk& c, PoolState& st) {
     constexpr int planes = kPlanes<Fmt>;
-    constexpr int64_t lanes = planes * D, low_row = D * Fmt::low_bits / 8, quads = kChunk / 4;
+    constexpr int64_t lanes = planes * D, low_row = D * Fmt::Grid::low_bits / 8, quads = kChunk / 4;
     alignas(64) float scale[kGroups * kChunk];
     load_scales<Fmt>(c, false, scale);
     const int64_t cols = round_up(c.n, kTile);
@@ -534,7 +555,7 @@ struct Task {
       for (int64_t t = 0; t < round_up(pc.n, kTile); t += 4) {
         uint8_t* out = codes + (pc.col + t) / 4 * lanes * 4;
         ahead.take(lines);
-        Plane<Fmt::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
+        Plane<Fmt::Grid::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
         if constexpr (planes == 2)
           Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(page_tokens(), D) + (pc.token + t) * (D / 8),
                                             D / 8, out + D * 4);
@@ -723,6 +744,8 @@ struct Task {
           row_accumulate<DV>(LoadBf16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
         else
           row_accumulate<DV>(LoadF16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
+      } else if constexpr (!readable<Fmt>()) {
+        fail("attention: this format is not read on the CPU yet");
       } else if constexpr (kPackedDim) {
         gathered ? gathered_side<Fmt, Side::V>(c) : packed_sums<Fmt>(c);
       }
@@ -846,12 +869,12 @@ struct Task {
             ahead.add(x + pc.token * stride, pc.n * stride);
           else
             for (int j = 0; j < pc.n; ++j) ahead.add(x + (pc.token + j) * stride, row_bytes);
-        } else if constexpr (Fmt::rotated) {
-          constexpr int64_t low_row = D * Fmt::low_bits / 8;
+        } else if constexpr (reads_codes<Fmt>()) {
+          constexpr int64_t low_row = D * Fmt::Grid::low_bits / 8;
           ahead.add(x + pc.token * low_row, pc.n * low_row);
           if (Fmt::bits == 3) ahead.add(x + Fmt::plane1_offset(p.page_size, D) + pc.token * (D / 8), pc.n * (D / 8));
           ahead.add(x + Fmt::scales_offset(p.page_size, D) + pc.token * kGroups * 2, pc.n * kGroups * 2);
-        } else {
+        } else if constexpr (!Fmt::rotated) {
           ahead.add(x + pc.token * (D / 4), pc.n * (D / 4));
           ahead.add(x + kivi2::scale_offset(p.page_size, D),
                     kivi2::side_bytes(side, p.page_size, D) - p.page_size * (D / 4));
@@ -945,7 +968,7 @@ struct Task {
         if (state[i].acc_used)
           with_format(p.pools[i].v_format, [&](auto fmt) {
             using Fmt = decltype(fmt);
-            if constexpr (Fmt::rotated) {
+            if constexpr (reads_codes<Fmt>()) {
               rotated = true;
               for (int r = 0; r < rows; ++r) add_lanes<Fmt>(state[i].acc + r * state[i].lanes, out_rows + r * D);
             }
@@ -969,7 +992,7 @@ struct Task {
   static void add_lanes(const float* acc, float* out) {
 #if defined(__AVX2__)
     if constexpr (uses_codes<Fmt>) {
-      static constexpr LaneOf<Plane<Fmt::low_bits, 0>> low;
+      static constexpr LaneOf<Plane<Fmt::Grid::low_bits, 0>> low;
       for (int64_t i = 0; i < D; ++i) out[i] += acc[low.lane[i]];
       if constexpr (kPlanes<Fmt> == 2) {
         static constexpr LaneOf<Plane<1, 2>> high;
