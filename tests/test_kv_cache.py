@@ -11,8 +11,8 @@ from torch import Tensor
 
 import kvkernels as kk
 from kvkernels.formats import decode_page, encode_page
-from kvkernels.kv_cache import NO_PAGE, PACKED, WINDOW
 from kvkernels.paged_kv import FORMAT_OF_DTYPE, PAGE_BITS, PAGE_MASK
+from kvkernels.paging import NO_PAGE, PACKED, WINDOW
 
 HEADS, HEAD_DIM = 2, 64
 
@@ -78,7 +78,7 @@ class Model:
                 got = decode_page(cache.kv.formats[pool], page, size, HEAD_DIM, cache.transform)
                 for x, expected in zip(got, (k, v)):
                     assert torch.equal(x[:, : expected.shape[1]], expected), f"sequence {row}, place {place}"
-        for number, pool in enumerate(cache._pools):
+        for number, pool in enumerate(cache._paging.pools):
             assert pool.users == [users[number << PAGE_BITS | page] for page in range(len(pool.users))]
             assert sorted(pool.free) == [page for page, n in enumerate(pool.users) if n == 0]
         in_use = sum(cache.kv.pools[e >> PAGE_BITS][0].nbytes for e in users)
@@ -186,19 +186,22 @@ def test_layout_and_dtype_of_what_is_appended_do_not_matter() -> None:
 def test_fork_shares_full_pages_and_copies_only_the_last() -> None:
     model = Model(1, "u2", page_size=16, sink_tokens=16, recent_tokens=32)
     model.append(200)  # 12 full pages, one of 8 tokens
-    pages = [p.used for p in model.cache._pools]
+    pages = [p.used for p in model.cache._paging.pools]
     model.fork([0, 0, 0])
-    assert [p.used for p in model.cache._pools] == pages
+    assert [p.used for p in model.cache._paging.pools] == pages
     model.check()
     model.append(1)
     model.check()
-    assert [p.used for p in model.cache._pools] == [pages[0] + 2, pages[1]]  # the last of the three keeps the page
+    assert [p.used for p in model.cache._paging.pools] == [
+        pages[0] + 2,
+        pages[1],
+    ]  # the last of the three keeps the page
     for _ in range(4):
         for _ in range(10):
             model.append(1)
         model.check()
     # Three places left the window since: two are still shared, in the third the sequences part.
-    assert model.cache._pools[PACKED].used == pages[1] + 2 + 3
+    assert model.cache._paging.pools[PACKED].used == pages[1] + 2 + 3
     model.fork([2, 2, 1])
     model.append(5)
     model.check()
@@ -313,4 +316,4 @@ def test_other_errors() -> None:
         cache.fork([])
     with pytest.raises(ValueError, match=r"reset: rows must be 0 to 1; got \[-1\]"):
         cache.reset([-1])
-    assert not any(NO_PAGE in row for row in cache._rows)
+    assert not any(NO_PAGE in row for row in cache._paging.rows)

@@ -1,7 +1,6 @@
 """A growing cache of one layer: attention sinks and the recent window in 16 bits, everything between them packed."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,51 +10,102 @@ from kvkernels.formats import Format
 from kvkernels.formats import format as parse_format
 from kvkernels.ops.pack_pages import pack_pages
 from kvkernels.ops.quant_attention import quant_attention
+from kvkernels.ops.read_kv import read_kv
 from kvkernels.ops.write_kv import write_kv
-from kvkernels.paged_kv import FORMAT_OF_DTYPE, PAGE_BITS, PAGE_MASK, KVTransform, PagedKV, zero_pool
-
-WINDOW, PACKED = (
-    0,
-    1,
-)  # pools; an entry of the page table is pool << 28 | page, so in the window it is the page's number
-NO_PAGE = -1
+from kvkernels.paged_kv import FORMAT_OF_DTYPE, KVTransform, PagedKV, zero_pool
+from kvkernels.paging import PACKED, WINDOW, Append, Pages, Paging, lasting
 
 
-@contextmanager
-def _lasting() -> Iterator[None]:
-    """Tensors made in here outlive the call: those of inference mode could not be written to outside it."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+class LayerPages:
+    """Keys and values of one layer, in the pages that a `Paging` hands out.
 
+    dtype of the 16-bit pages; keys and values are rounded to it before anything else
+    """
 
-class _Pages:
-    """The pages of one pool: their memory, how many sequences use each, which are free."""
-
-    def __init__(self, shape: tuple[int, int], num_pages: int, device: torch.device | str | None):
-        self.data = zero_pool((num_pages, *shape), device)
-        self.users = [0] * num_pages
-        self.free = list(range(num_pages))[::-1]
+    @lasting()
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        format: Format,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        transform: KVTransform | None = None,
+    ):
+        window = parse_format(FORMAT_OF_DTYPE[dtype])
+        formats = (window,) if format == window else (window, format)
+        for fmt in formats:
+            fmt.check(page_size, head_dim)
+        self.dtype = dtype
+        pools = tuple(zero_pool((0, num_kv_heads, fmt.page_bytes(page_size, head_dim)), device) for fmt in formats)
+        self.kv = PagedKV(pools, formats, page_size, transform)
 
     @property
-    def used(self) -> int:
-        return len(self.users) - len(self.free)
+    def packs(self) -> bool:
+        """Whether there is a packed pool beside the window."""
+        return len(self.kv.formats) == 2
 
-    def reserve(self, count: int, enough: int) -> None:
-        """Room for `count` more pages. Grows by half at least, but not past `enough` unless it must."""
-        old, need = len(self.users), self.used + count
-        if need <= old:
-            return
-        new = max(need, min(old + old // 2, enough))
-        grown = zero_pool((new, *self.data.shape[1:]), self.data.device)
-        grown[:old] = self.data
-        self.data = grown
-        self.users += [0] * (new - old)
-        self.free = list(range(old, new))[::-1] + self.free
+    def nbytes(self, pools: Sequence[Pages]) -> int:
+        """Bytes of the pages in use."""
+        return sum(p.used * data.shape[1] * data.shape[2] for p, data in zip(pools, self._data))
 
-    def release(self, page: int) -> None:
-        self.users[page] -= 1
-        if self.users[page] == 0:
-            self.free.append(page)
+    def append(self, k: Tensor, v: Tensor, step: Append) -> None:
+        """What `step` asks for; k, v [B, T, Hkv, D] are the new tokens."""
+        self.reserve(step.num_pages)
+        k, v = (x.to(self.dtype) for x in (k, v))
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        if step.leaving is not None:
+            pack_pages(self.kv, WINDOW, PACKED, step.leaving)
+        for row, tokens, pairs in step.whole:
+            pages = (len(pairs), self.kv.page_size)
+            prompt = PagedKV.from_caches(*(x[row, tokens].unflatten(0, pages) for x in (k, v)))
+            kv = self.kv._replace(pools=(*prompt.pools, self.kv.pools[PACKED]))
+            pack_pages(kv, WINDOW, PACKED, pairs)
+        if step.copied is not None:
+            old, new = step.copied
+            self._data[WINDOW][new] = self._data[WINDOW][old]
+        if step.slots is not None:
+            k, v = (x.flatten(0, 1) if step.tokens is None else x[step.tokens] for x in (k, v))
+            write_kv(k, v, self.kv, WINDOW, step.slots)
+        if step.left is not None:
+            pack_pages(self.kv, WINDOW, PACKED, step.left)
+
+    def unpack(self, num_pages: Sequence[int], pairs: Tensor | None) -> None:
+        """What `Paging.crop` asks for."""
+        self.reserve(num_pages)
+        if pairs is not None:
+            pack_pages(self.kv, PACKED, WINDOW, pairs)
+
+    def read(self, slots: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, T, Hkv, D] at `Paging.slots`; zero where nothing is."""
+        k, v = read_kv(self.kv, WINDOW, slots[WINDOW].flatten(), dtype)
+        for pool in range(1, len(self.kv.pools)):
+            there = (slots[pool].flatten() >= 0).nonzero().flatten()
+            if len(there):
+                k[there], v[there] = read_kv(self.kv, pool, slots[pool].flatten()[there], dtype)
+        shape = slots[WINDOW].shape
+        return k.unflatten(0, shape), v.unflatten(0, shape)
+
+    def reserve(self, num_pages: Sequence[int]) -> None:
+        """Have so many pages in each pool, at least."""
+        if any(n > len(data) for data, n in zip(self._data, num_pages)):
+            self._grow(num_pages)
+
+    @property
+    def _data(self) -> tuple[Tensor, ...]:
+        return self.kv.pools  # type: ignore[return-value]  # records, not pairs of caches
+
+    @lasting()
+    def _grow(self, num_pages: Sequence[int]) -> None:
+        pools = []
+        for data, n in zip(self._data, num_pages):
+            grown = data
+            if n > len(data):
+                grown = zero_pool((n, *data.shape[1:]), data.device)
+                grown[: len(data)] = data
+            pools.append(grown)
+        self.kv = self.kv._replace(pools=tuple(pools))
 
 
 class KVCache:
@@ -77,7 +127,6 @@ class KVCache:
     Pages are handed out on the host. Raises ValueError for sizes the format cannot have, as PagedKV.empty does.
     """
 
-    @_lasting()
     def __init__(
         self,
         batch: int,
@@ -105,57 +154,45 @@ class KVCache:
         ):
             if value < least:
                 raise ValueError(f"KVCache: {name} must be at least {least}; got {value}")
-        self.format, window = parse_format(format), parse_format(FORMAT_OF_DTYPE[dtype])
+        self.format = parse_format(format)
         self.num_kv_heads, self.head_dim, self.page_size = num_kv_heads, head_dim, page_size
         self.sink_tokens, self.recent_tokens, self.max_tokens = sink_tokens, recent_tokens, max_tokens
         self.dtype, self.transform = dtype, transform
-        self._formats = (window,) if self.format == window else (window, self.format)
-        for fmt in self._formats:
-            fmt.check(page_size, head_dim)
-        self._sink_pages = -(-sink_tokens // page_size)
-
-        self._rows: list[list[int]] = [[] for _ in range(batch)]  # page-table entries
-        self._lens = [0] * batch
-        max_pages = -(-longest // page_size)
-        counts = (min(self._window_pages, max_pages), max(self._packed_end(longest) - self._sink_pages, 0))
-        if len(self._formats) == 1:
-            counts = (max_pages, 0)
-        self._pools = [
-            _Pages((num_kv_heads, fmt.page_bytes(page_size, head_dim)), batch * n, device)
-            for fmt, n in zip(self._formats, counts)
-        ]
-        self._table = torch.zeros(batch, max(max_pages, 1), dtype=torch.int32, device=device)
-        self._seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._memory = LayerPages(num_kv_heads, head_dim, self.format, page_size, dtype, device, transform)
+        self._paging = Paging(
+            batch, page_size, sink_tokens, recent_tokens, packs=self._memory.packs, max_tokens=longest, device=device
+        )
+        self._memory.reserve(self._paging.num_pages)
 
     @property
     def kv(self) -> PagedKV:
         """The pools: 16-bit pages, then packed ones. Where they grow on demand, good until the next append."""
-        return PagedKV(tuple(p.data for p in self._pools), self._formats, self.page_size, self.transform)
+        return self._memory.kv
 
     @property
     def page_table(self) -> Tensor:
         """int32 [B, max_pages]; what stands past the end of a sequence means nothing."""
-        return self._table
+        return self._paging.page_table
 
     @property
     def seq_lens(self) -> Tensor:
         """int32 [B], in tokens."""
-        return self._seq_lens
+        return self._paging.seq_lens
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages in use, a page that sequences share counted once."""
-        return sum(p.used * p.data.shape[1] * p.data.shape[2] for p in self._pools)
+        return self._memory.nbytes(self._paging.pools)
 
     @property
     def reserved_nbytes(self) -> int:
         """Bytes of all pages, free ones too."""
-        return sum(p.data.nbytes for p in self._pools)
+        return self._memory.kv.nbytes
 
     @property
     def bits_per_element(self) -> float:
         """Bits in use per number cached, at the current lengths: windows, scales, padding, unfilled places counted."""
-        numbers = 2 * self.num_kv_heads * self.head_dim * sum(self._lens)
+        numbers = 2 * self.num_kv_heads * self.head_dim * sum(self._paging.lens)
         return self.nbytes * 8 / numbers if numbers else float("nan")
 
     def attend(self, q: Tensor, **options: Any) -> Any:
@@ -170,36 +207,13 @@ class KVCache:
         """
         if k.dim() == 3 and v.dim() == 3:
             k, v = k.unsqueeze(1), v.unsqueeze(1)
-        self._append(k, v, self._check_append(k, v, lengths))
+        counts = self._check_append(k, v, lengths)
+        self._memory.append(k, v, self._paging.append(counts, k.shape[1]))
 
-    @_lasting()
-    def _append(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
-        k, v = (x.to(self.dtype) for x in (k, v))
-        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-        starts, size = self._lens, self.page_size
-        ends = [start + n for start, n in zip(starts, counts)]
-        packed = [self._packed_end(end) for end in ends]
-
-        for row, end in zip(self._rows, ends):
-            row += [NO_PAGE] * (-(-end // size) - len(row))
-        # Full pages leave the window before new ones enter it, so that it never holds both.
-        self._pack(starts, [min(end, start // size) for end, start in zip(packed, starts)])
-        self._append_packed(k, v, starts, packed)
-        self._append_window(k, v, starts, ends)
-        self._pack(starts, packed)
-        self._lens = ends
-        self._seq_lens.copy_(torch.tensor(ends, dtype=torch.int32))
-
-    @_lasting()
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Empty these sequences (None: all) and free their pages."""
-        for row in self._check_rows("reset", range(len(self._rows)) if rows is None else rows):
-            for entry in self._rows[row]:
-                self._drop(entry)
-            self._rows[row], self._lens[row] = [], 0
-        self._seq_lens.copy_(torch.tensor(self._lens, dtype=torch.int32))
+        self._paging.reset(self._check_rows("reset", range(self._batch) if rows is None else rows))
 
-    @_lasting()
     def fork(self, src_rows: Sequence[int] | Tensor) -> None:
         """Make sequence i a copy of what sequence src_rows[i] is now, for beam search. The batch becomes len(src_rows).
 
@@ -209,28 +223,14 @@ class KVCache:
         src = self._check_rows("fork", src_rows)
         if not src:
             raise ValueError("KVCache.fork: src_rows must name at least one row")
-        rows, lens = [list(self._rows[i]) for i in src], [self._lens[i] for i in src]
-        for entry in (entry for row in rows for entry in row):
-            self._pools[entry >> PAGE_BITS].users[entry & PAGE_MASK] += 1
-        self.reset()
-        self._rows, self._lens = rows, lens
-        index = torch.tensor(src, device=self._table.device)
-        self._table = self._table[index]
-        self._seq_lens = torch.tensor(lens, dtype=torch.int32, device=self._table.device)
+        self._paging.fork(src)
 
     @property
-    def _window_pages(self) -> int:
-        """16-bit pages that a sequence can need: sinks, recent tokens, a page just begun and one about to be packed."""
-        return self._sink_pages + -(-self.recent_tokens // self.page_size) + 2
-
-    def _packed_end(self, tokens: int) -> int:
-        """A sequence of so many tokens keeps its pages from this one on in 16 bits."""
-        if len(self._formats) == 1:
-            return 0
-        return max(tokens - self.recent_tokens, 0) // self.page_size
+    def _batch(self) -> int:
+        return len(self._paging.rows)
 
     def _check_append(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
-        batch = len(self._rows)
+        batch = self._batch
         for name, x in (("k", k), ("v", v)):
             if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (batch, self.num_kv_heads, self.head_dim):
                 raise ValueError(
@@ -243,8 +243,10 @@ class KVCache:
                 )
             if not x.is_floating_point():
                 raise TypeError(f"KVCache.append: {name} must be floating point; got {x.dtype}")
-            if x.device != self._table.device:
-                raise ValueError(f"KVCache.append: {name} must be on {self._table.device}, the cache's; got {x.device}")
+            if x.device != self.page_table.device:
+                raise ValueError(
+                    f"KVCache.append: {name} must be on {self.page_table.device}, the cache's; got {x.device}"
+                )
         if k.shape != v.shape:
             raise ValueError(f"KVCache.append: v must have k's shape {list(k.shape)}; got {list(v.shape)}")
         tokens = k.shape[1]
@@ -253,105 +255,15 @@ class KVCache:
         if len(counts) != batch or not all(0 <= n <= tokens for n in counts):
             raise ValueError(f"KVCache.append: lengths must be {batch} numbers from 0 to T = {tokens}; got {counts}")
         for row, n in enumerate(counts):
-            if self.max_tokens is not None and self._lens[row] + n > self.max_tokens:
+            if self.max_tokens is not None and self._paging.lens[row] + n > self.max_tokens:
                 raise ValueError(
-                    f"KVCache.append: sequence {row} would have {self._lens[row] + n} tokens; max_tokens is "
+                    f"KVCache.append: sequence {row} would have {self._paging.lens[row] + n} tokens; max_tokens is "
                     f"{self.max_tokens}"
                 )
         return counts
 
     def _check_rows(self, what: str, rows: Sequence[int] | Tensor) -> list[int]:
         given = [int(i) for i in (rows.tolist() if isinstance(rows, Tensor) else rows)]
-        if not all(0 <= i < len(self._rows) for i in given):
-            raise ValueError(f"KVCache.{what}: rows must be 0 to {len(self._rows) - 1}; got {given}")
+        if not all(0 <= i < self._batch for i in given):
+            raise ValueError(f"KVCache.{what}: rows must be 0 to {self._batch - 1}; got {given}")
         return given
-
-    def _drop(self, entry: int) -> None:
-        self._pools[entry >> PAGE_BITS].release(entry & PAGE_MASK)
-
-    def _take(self, pool: int, count: int) -> list[int]:
-        """Entries of free pages; _assign makes them used."""
-        pages = self._pools[pool]
-        bounded = pool == WINDOW and len(self._formats) == 2
-        pages.reserve(count, len(self._rows) * self._window_pages if bounded else PAGE_MASK)
-        return [pool << PAGE_BITS | pages.free.pop() for _ in range(count)]
-
-    def _assign(self, changes: list[tuple[int, int, int]]) -> None:
-        """Put (row, place, entry) into the page table; what stood there loses a user."""
-        for row, place, entry in changes:
-            self._pools[entry >> PAGE_BITS].users[entry & PAGE_MASK] += 1
-            if self._rows[row][place] != NO_PAGE:
-                self._drop(self._rows[row][place])
-            self._rows[row][place] = entry
-        width, need = self._table.shape[1], max((place + 1 for _, place, _ in changes), default=0)
-        if need > width:
-            self._table = torch.nn.functional.pad(self._table, (0, max(need, 2 * width) - width))
-        if changes:
-            rows, places, entries = torch.tensor(changes, device=self._table.device).unbind(1)
-            self._table[rows, places] = entries.int()
-
-    def _pack(self, starts: list[int], ends: list[int]) -> None:
-        """Re-encode the 16-bit pages before place ends[row], sinks apart; done already for lengths `starts`."""
-        moves = [
-            (row, place, self._rows[row][place])
-            for row, (start, end) in enumerate(zip(starts, ends))
-            for place in range(max(self._packed_end(start), self._sink_pages), end)
-            if self._rows[row][place] >> PAGE_BITS == WINDOW
-        ]
-        if not moves:
-            return
-        old = list(dict.fromkeys(entry for _, _, entry in moves))  # sequences that share a page share the packed one
-        new = dict(zip(old, self._take(PACKED, len(old))))
-        pairs = [(a & PAGE_MASK, b & PAGE_MASK) for a, b in new.items()]
-        pack_pages(self.kv, WINDOW, PACKED, self._int32(pairs))
-        self._assign([(row, place, new[entry]) for row, place, entry in moves])
-
-    def _append_packed(self, k: Tensor, v: Tensor, starts: list[int], ends: list[int]) -> None:
-        """Code the pages that lie wholly within the new tokens and outside both windows: no 16-bit page is needed."""
-        size = self.page_size
-        for row, (start, end) in enumerate(zip(starts, ends)):
-            first = max(-(-start // size), self._sink_pages)
-            if first >= end:
-                continue
-            tokens = slice(first * size - start, end * size - start)
-            prompt = PagedKV.from_caches(*(x[row, tokens].unflatten(0, (end - first, size)) for x in (k, v)))
-            entries = self._take(PACKED, end - first)
-            kv = PagedKV((*prompt.pools, self._pools[PACKED].data), self._formats, size, self.transform)
-            pack_pages(kv, WINDOW, PACKED, self._int32([(i, entry & PAGE_MASK) for i, entry in enumerate(entries)]))
-            self._assign([(row, first + i, entry) for i, entry in enumerate(entries)])
-
-    def _append_window(self, k: Tensor, v: Tensor, starts: list[int], ends: list[int]) -> None:
-        """Write the new tokens of all other pages, after giving every sequence a page of its own to write to."""
-        size = self.page_size
-        wanted, copied = [], []  # places that need a page; those among them whose shared page is copied
-        users: dict[int, int] = {}
-        for row, (start, end) in enumerate(zip(starts, ends)):
-            for place in range(start // size, -(-end // size) if end > start else 0):
-                entry = self._rows[row][place]
-                if entry == NO_PAGE:
-                    wanted.append((row, place))
-                elif entry >> PAGE_BITS == WINDOW:
-                    left = users.setdefault(entry, self._pools[WINDOW].users[entry])
-                    if left > 1:  # the last of those that share it keeps it
-                        users[entry] = left - 1
-                        wanted.append((row, place))
-                        copied.append((entry, len(wanted) - 1))
-        entries = self._take(WINDOW, len(wanted))
-        if copied:
-            old, new = zip(*((entry, entries[i]) for entry, i in copied))
-            data = self._pools[WINDOW].data
-            data[list(new)] = data[list(old)]
-        self._assign([(row, place, entry) for (row, place), entry in zip(wanted, entries)])
-
-        writes = []  # sequence, its new token, slot
-        for row, (start, end) in enumerate(zip(starts, ends)):
-            for position in range(start, end):
-                entry = self._rows[row][position // size]
-                if entry >> PAGE_BITS == WINDOW:
-                    writes.append((row, position - start, entry * size + position % size))
-        if writes:
-            rows, tokens, slots = torch.tensor(writes, device=self._table.device).unbind(1)
-            write_kv(k[rows, tokens], v[rows, tokens], self.kv, WINDOW, slots.contiguous())
-
-    def _int32(self, numbers: list[tuple[int, int]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=self._table.device)
