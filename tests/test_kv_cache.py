@@ -192,10 +192,8 @@ def test_fork_shares_full_pages_and_copies_only_the_last() -> None:
     model.check()
     model.append(1)
     model.check()
-    assert [p.used for p in model.cache._paging.pools] == [
-        pages[0] + 2,
-        pages[1],
-    ]  # the last of the three keeps the page
+    # the last of the three keeps the page
+    assert [p.used for p in model.cache._paging.pools] == [pages[0] + 2, pages[1]]
     for _ in range(4):
         for _ in range(10):
             model.append(1)
