@@ -47,6 +47,7 @@ else:
     globals().update({name: getattr(module, name) for name, module in _OPS.items()})
 
 from kvkernels import compat as compat
+from kvkernels import integrations as integrations
 from kvkernels.context import DeltaContext as DeltaContext
 from kvkernels.context import delta_context as delta_context
 from kvkernels.info import info as info

@@ -1,0 +1,376 @@
+"""A small KV cache for the models of Hugging Face transformers: Llama, Qwen, Mistral, Gemma, gpt-oss and their like.
+
+    import kvkernels as kk
+
+    kk.integrations.transformers.attach(model)  # once
+    model.generate(**inputs, past_key_values=kk.integrations.transformers.KVCache(format="u2"))
+
+attach() makes the model's attention read the pages of a KVCache: steps of up to 16 tokens through quant_attention,
+longer ones, such as prompts, through torch's SDPA on their own keys and values, and on what the cache already held,
+decoded once for that. With any other cache, or none, an attached model does what it did before, with SDPA. A model that
+is not attached works with a KVCache too, but decodes all of it at every step, and says so.
+
+`attn_implementation="kvkernels"` in from_pretrained does the same as attach(), once this module is imported.
+
+Tested with transformers 5.23.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvkernels.formats import Format
+from kvkernels.formats import format as parse_format
+from kvkernels.integrations._model_pages import MAX_QUERIES, Layer, ModelPages, Step
+from kvkernels.ops.quant_attention import quant_attention
+from kvkernels.paged_kv import FORMAT_OF_DTYPE, KVTransform
+
+NAME = "kvkernels"
+QUERIES_AT_ONCE = 256  # scores of so many rows are in memory at a time
+
+Model = TypeVar("Model")
+
+
+def attach(model: Model) -> Model:
+    """Switch the attention of a model, of its text decoder if it has others too. Returns the model.
+
+    `model.set_attn_implementation("sdpa")` undoes it. ValueError: transformers cannot switch this model's attention.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
+    if config is model.config:  # type: ignore[attr-defined]
+        model.set_attn_implementation(NAME)  # type: ignore[attr-defined]
+    else:
+        names = [n for n in model.config.sub_configs if getattr(model.config, n, None) is config]  # type: ignore[attr-defined]
+        model.set_attn_implementation(dict.fromkeys(names, NAME))  # type: ignore[attr-defined]
+    if config._attn_implementation != NAME:
+        raise ValueError(f"attach: transformers cannot switch the attention of {type(model).__name__}")
+    return model
+
+
+class KVCache(Cache):
+    """Keys and values of all layers, packed as they age: `past_key_values=KVCache(format="u2")`.
+
+    format         of the middle of every layer: a name, a pair like "u3/u2", a Format; or a list, one per layer; or a
+                   function of the layer's number. "bf16" or "f16" packs nothing where it is the 16-bit pages' own
+    page_size      tokens per page
+    sink_tokens, recent_tokens: first and last tokens that stay in 16 bits, as in kvkernels.KVCache
+    dtype          of the 16-bit pages, bfloat16 or float16; None: the model's own, bfloat16 for float32 models
+    calibrate      measure the basis of the keys (`calibrate_keys`) of each layer on the first text, just before its
+                   first page is packed; it then stays, over reset() too
+    transforms     KVTransforms to use instead, one per layer (None in the list: calibrate that layer); those of a cache
+                   that has seen text are its `transforms`
+
+    Takes what transformers' caches take: batches with padding (padding is not stored), beam search (sequences share
+    pages), assisted generation (crop), several turns, sliding windows (pages that no query will see are given up),
+    softcapped scores, attention sinks, reset(). Packed formats need head dims of 64, 128 or 256; the ValueError for
+    others comes with the first keys.
+
+    Not differentiable: ValueError with gradients on. ValueError: masks that hide stored tokens from short steps.
+    """
+
+    def __init__(
+        self,
+        format: str | Format | Sequence[str | Format] | Callable[[int], str | Format] = "u2",
+        *,
+        page_size: int = 64,
+        sink_tokens: int = 64,
+        recent_tokens: int = 256,
+        dtype: torch.dtype | None = None,
+        calibrate: bool = True,
+        transforms: Sequence[KVTransform | None] | None = None,
+    ):
+        super().__init__(layers=[])
+        if dtype is not None and dtype not in FORMAT_OF_DTYPE:
+            raise TypeError(f"KVCache: dtype must be bfloat16, float16 or None; got {dtype}")
+        for name, value, least in (("sink_tokens", sink_tokens, 0), ("recent_tokens", recent_tokens, 0)):
+            if value < least:
+                raise ValueError(f"KVCache: {name} must be at least {least}; got {value}")
+        formats: list[Format] | None = None
+        if isinstance(format, (str, Format)):
+            one = parse_format(format)
+        elif not callable(format):
+            formats = [parse_format(f) for f in format]
+
+        def layer(index: int) -> Layer:
+            for name, given in (("format", formats), ("transforms", transforms)):
+                if given is not None and index >= len(given):
+                    raise ValueError(f"KVCache: {name} has {len(given)} entries, but the model a layer {index}")
+            if callable(format):
+                fmt = parse_format(format(index))
+            else:
+                fmt = one if formats is None else formats[index]
+            return Layer(index, fmt, None if transforms is None else transforms[index], calibrate)
+
+        self.pages = ModelPages(layer, page_size, sink_tokens, recent_tokens, dtype)
+        self._warned = False
+
+    @property
+    def transforms(self) -> list[KVTransform | None]:
+        """The basis of the keys of each layer, for another KVCache of the same model; None: not yet calibrated."""
+        layers = self.pages.layers
+        return [layers[i].transform if i in layers else None for i in range(max(layers, default=-1) + 1)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use, a page that sequences share counted once."""
+        return self.pages.nbytes
+
+    @property
+    def reserved_nbytes(self) -> int:
+        """Bytes of all pages, free ones too."""
+        return self.pages.reserved_nbytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits in use per number cached, at the current lengths: windows, scales, padding, unfilled places counted."""
+        return self.pages.bits_per_element
+
+    def __repr__(self) -> str:
+        return f"KVCache({len(self)} layers, {self.pages.batch} sequences of {self.pages.columns} tokens)"
+
+    def __len__(self) -> int:
+        return len(self.pages.layers)
+
+    # ---- what models call
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """New keys and values [B, Hkv, T, D] of a layer. They enter the cache when attention is called with the result,
+        because attention knows which of them are padding."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError("KVCache: keys require grad, but a cache has no backward; use torch.no_grad()")
+        new = _New(self, self.pages.layer(layer_idx), key_states, value_states)
+        return new.handles()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of a sequence, padding included."""
+        return self.pages.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.pages.columns + query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.pages.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    # ---- what generate() calls
+    def reset(self) -> None:
+        """Forget all tokens, give back the memory. What was calibrated stays."""
+        self.pages.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._fork(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._fork([row for row in range(self.pages.batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._fork(torch.arange(self.pages.batch)[indices.cpu()].tolist())
+
+    def _fork(self, src: list[int]) -> None:
+        if self.pages.columns:
+            self.pages.fork(src)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take -tokens_to_remove tokens from the end of every sequence; layers with sliding windows can take back
+        recent_tokens of them."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"KVCache.crop: takes minus the number of tokens to remove; got {tokens_to_remove}")
+        if tokens_to_remove:
+            self.pages.crop(-tokens_to_remove)
+
+    @property
+    def batch_size(self) -> int:
+        return self.pages.batch or -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generate() should compile the forward pass by itself: no, it has static shapes in mind."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.pages.columns > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+
+class _New:
+    """New keys and values of a layer, on their way from update() to attention."""
+
+    def __init__(self, cache: KVCache, layer: Layer, k: Tensor, v: Tensor):
+        self.cache, self.layer, self.k, self.v = cache, layer, k, v
+        self.start = layer.columns
+        self.all: tuple[Tensor, Tensor] | None = None  # keys and values of all columns, decoded
+
+    def handles(self) -> tuple[Tensor, Tensor]:
+        k, v = self.k.as_subclass(_Handle), self.v.as_subclass(_Handle)
+        k.source = v.source = self
+        k.side, v.side = 0, 1
+        return k, v
+
+    @property
+    def appended(self) -> bool:
+        """Layers that share keys and values call attention more than once for them."""
+        return self.layer.columns > self.start
+
+    def append(self, q: Tensor | None, tokens: Tensor | None, direct: bool, window: int | None) -> None:
+        """Into the cache. If attention cannot read the pages, `all` is there."""
+        pages = self.cache.pages
+        step = pages.begin(self.layer, self.k, tokens, direct, window)
+        if not step.direct:
+            self.all = self.k, self.v
+            if step.start:
+                past = pages.past(self.layer, step, self.k.dtype)
+                self.all = torch.cat([past[0], self.k], 2), torch.cat([past[1], self.v], 2)
+        pages.append(self.layer, step, q, self.k, self.v)
+
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """For attention that knows nothing of pages."""
+        if not self.appended:
+            if not self.cache._warned:
+                self.cache._warned = True
+                warnings.warn(
+                    "KVCache: this model's attention does not read pages, so every step decodes the whole cache. "
+                    "Call kvkernels.integrations.transformers.attach(model) first",
+                    stacklevel=2,
+                )
+            self.append(None, None, False, None)
+        assert self.all is not None
+        return self.all
+
+
+class _Handle(Tensor):
+    """Keys or values as update() returns them: the new ones, which know their layer. Any torch function but those of
+    `attention` gets all keys or values of the layer instead, decoded."""
+
+    source: _New
+    side: int
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(_Handle, lambda x: x.source.decoded()[x.side], (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function "kvkernels" of transformers' AttentionInterface. query [B, Hq, T, D], key and value what
+    update() returned, attention_mask as of `sdpa_mask`: bool [B or 1, 1, T, columns] or None. Returns [B, T, Hq, D]."""
+    if type(key) is not _Handle:
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, kwargs)
+    if dropout or kwargs.get("position_bias") is not None or kwargs.get("is_causal") is False:
+        raise ValueError("KVCache: attention with dropout, position_bias or is_causal=False is not supported")
+    new = key.source
+    pages = new.cache.pages
+    if not new.appended:
+        tokens = None
+        if attention_mask is not None and new.start == pages.columns:  # the first layer of the step
+            tokens = _tokens(attention_mask, new.k, pages.columns)
+        new.append(query, tokens, query.shape[2] <= MAX_QUERIES, sliding_window)
+    if new.all is not None:
+        return _sdpa(module, query, *new.all, attention_mask, dropout, scaling, softcap, s_aux, kwargs)
+    group, layer_pages = new.layer.group, new.layer.pages
+    assert layer_pages is not None
+    if attention_mask is not None and sliding_window is None and not group.checked:
+        _check_mask(attention_mask, group.step, group.paging.seq_lens)
+        group.checked = True
+    q = query.transpose(1, 2)
+    if q.is_cuda and q.dtype == torch.float32:  # whose kernels take 16-bit queries
+        q = q.to(layer_pages.dtype)
+    out = quant_attention(
+        q, layer_pages.kv, group.paging.page_table, group.paging.seq_lens, scale=scaling,
+        window=(-1, -1) if sliding_window is None else (sliding_window - 1, 0), softcap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.detach().float(),
+    )  # fmt: skip
+    return out.to(query.dtype), None
+
+
+def _tokens(mask: Tensor, k: Tensor, columns: int) -> Tensor:
+    """Which of the new columns are tokens, bool [B, T]: padding does not even see itself."""
+    batch, _, T, _ = k.shape
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[-2:] != (T, columns + T):
+        raise ValueError(
+            f"KVCache: attention_mask must be bool [B, 1, {T}, {columns + T}], {columns} from the cache; got "
+            f"{mask.dtype} {list(mask.shape)}"
+        )
+    return mask[:, 0].diagonal(columns, 1, 2).expand(batch, T)
+
+
+def _check_mask(mask: Tensor, step: Step, seq_lens: Tensor) -> None:
+    """Every query of a short step must see all stored tokens up to itself: attention on pages looks at no mask."""
+    tokens = mask.new_ones(len(step.counts), step.columns) if step.tokens is None else step.tokens
+    before = seq_lens - seq_lens.new_tensor(step.counts)
+    expected = before[:, None] + tokens.cumsum(1)
+    if bool(((mask[:, 0].sum(-1) != expected) & tokens).any()):
+        raise ValueError(
+            f"KVCache: attention_mask hides stored tokens, or shows later ones, in a step of {step.columns} tokens; "
+            f"up to {MAX_QUERIES} tokens, it must be causal and show all"
+        )
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """[B, H, T, D] -> [B, T, H, D]"""
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    # What torch's SDPA has not, some queries at a time.
+    heads, T, columns = key.shape[1], query.shape[2], key.shape[2]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if mask is None and T > 1:
+        mask = torch.ones(1, 1, T, columns, dtype=torch.bool, device=query.device).tril(columns - T)
+    grouped = query.unflatten(1, (heads, -1))
+    k, v = key.unsqueeze(2).transpose(-1, -2), value.unsqueeze(2)
+    outs = []
+    for first in range(0, T, QUERIES_AT_ONCE):
+        some = slice(first, first + QUERIES_AT_ONCE)
+        scores = (grouped[..., some, :] @ k).float() * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:  # padding sees nothing: any finite number keeps it from becoming NaN
+            scores = scores.masked_fill(~mask[:, :, None, some], torch.finfo(torch.float32).min)
+        if s_aux is not None:
+            sinks = s_aux.float().view(1, heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks], -1)
+        weights = torch.nn.functional.dropout(scores.softmax(-1)[..., :columns].to(v.dtype), dropout)
+        outs.append(weights @ v)
+    return torch.cat(outs, -2).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
