@@ -28,7 +28,8 @@ from torch import Tensor
 
 import kvkernels as kk
 from bench import build, corpus, real_model, report
-from bench.caches import BACKENDS, Cache, Model, Pages, PagesRead, Rows, Transformers
+from bench.caches import BACKENDS, Cache, Model, Pages, PagesRead, Recoded, Rows, Transformers
+from bench.recipes import SIMULATED
 
 SINKS, PREFILL, FORCED, BLOCK = 4, 1024, 1024, 128
 CHUNK = SINKS + PREFILL + FORCED + 1  # the last token is only predicted
@@ -56,6 +57,8 @@ class Recipe(NamedTuple):
         notes = {"text": "", "prompt": ", calibrated on the prompt", "": ", not calibrated"}[self.calibrated]
         if self.backend:
             return f"transformers {self.backend}, {self.format}"
+        if self.format in SIMULATED:
+            return f"{self.format}, simulated"
         if self == BASE:
             return "16 bits, torch"
         if not kk.format(self.format).rotated_k:
@@ -73,6 +76,7 @@ def recipes() -> list[Recipe]:
         BASE,
         *(Recipe(name) for name in ("bf16", "f16")),
         *(Recipe("kivi2", page_size=size) for size in (32, 64, 128)),
+        *(Recipe(name) for name in SIMULATED),
         *(Recipe(name, "text") for name in ("u8", "u4", "u4/u2", "u3", "u3/u2", "u2")),
         *(Recipe(name, "prompt") for name in ("u3/u2", "u2")),
         *(Recipe(name) for name in ("u4", "u3/u2", "u2")),
@@ -136,16 +140,23 @@ class Bench:
 
     def caches(self, recipe: Recipe, prompt: list[Rows], max_tokens: int) -> list[Cache]:
         """What a prompt left in 16 bits, as the recipe stores it."""
+        transforms = self.transforms(recipe, prompt)
+        return [self.cache(recipe, rows, t, max_tokens) for rows, t in zip(prompt, transforms, strict=True)]
+
+    def cache(self, recipe: Recipe, rows: Rows, transform: kk.KVTransform | None, max_tokens: int) -> Cache:
+        """Of one layer."""
         if recipe == BASE:
-            return [rows.copy() for rows in prompt]
+            return rows.copy()
         if recipe.backend:
             bits, axis = recipe.format.split(" bits, axis ")
-            return [Transformers(rows.k, rows.v, recipe.backend, int(bits), int(axis), BLOCK) for rows in prompt]
+            return Transformers(rows.k, rows.v, recipe.backend, int(bits), int(axis), BLOCK)
+        sizes = recipe.page_size, SINKS, BLOCK, max_tokens
+        if recipe.format in SIMULATED:
+            sides = SIMULATED[recipe.format]
+            keys, values = (side.make(self.model.kv_heads, recipe.page_size, self.model.rope) for side in sides)
+            return Recoded(rows.k, rows.v, lambda k, v, position: (keys(k, position), values(v, position)), *sizes)
         kind = PagesRead if recipe.read else Pages
-        return [
-            kind(rows.k, rows.v, recipe.format, recipe.page_size, SINKS, BLOCK, max_tokens, transform)
-            for rows, transform in zip(prompt, self.transforms(recipe, prompt), strict=True)
-        ]
+        return kind(rows.k, rows.v, recipe.format, *sizes, transform)
 
     def forced(self, recipe: Recipe, ids: Tensor, prompt: list[Rows], begin: int) -> Tensor:
         """Logits [N, vocabulary] of ids[begin:], when `prompt` holds the tokens before."""
@@ -170,14 +181,17 @@ class Bench:
         if recipe == BASE:
             return 16.0, 16.0, 16.0
         if recipe.backend:
-            (cache,) = self.caches(recipe, [self.random_prompt(PREFILL)], PREFILL)
+            cache = self.cache(recipe, self.random_prompt(PREFILL), None, PREFILL)
             assert isinstance(cache, Transformers)
             return (cache.bits,) * 3
-        fmt, size = kk.format(recipe.format), recipe.page_size
-        of_k = fmt.v_offset(size, dim)
-        of_v = fmt.data_bytes(size, dim) - of_k
-        in_all = (16 * SINKS + fmt.bits_per_element(size, dim) * (CONTEXT - SINKS)) / CONTEXT
-        return 8 * of_k / (size * dim), 8 * of_v / (size * dim), in_all
+        size, sink_share = recipe.page_size, SINKS / CONTEXT
+        if recipe.format in SIMULATED:
+            of_k, of_v = (side.bits(dim, size) for side in SIMULATED[recipe.format])
+            return of_k, of_v, 16 * sink_share + (of_k + of_v) / 2 * (1 - sink_share)
+        fmt = kk.format(recipe.format)
+        of_k = 8 * fmt.v_offset(size, dim) / (size * dim)
+        of_v = 8 * fmt.data_bytes(size, dim) / (size * dim) - of_k
+        return of_k, of_v, 16 * sink_share + fmt.bits_per_element(size, dim) * (1 - sink_share)
 
     def random_prompt(self, tokens: int) -> Rows:
         gen, rows = torch.Generator().manual_seed(0), Rows()
@@ -195,8 +209,7 @@ class Bench:
             return f"torch {torch.__version__}, transformers {transformers.__version__}"
         prompt = self.random_prompt(SINKS + 3 * BLOCK)
         transform = calibrate([[prompt]])[0] if recipe.calibrated else None
-        kind = PagesRead if recipe.read else Pages
-        cache = kind(prompt.k, prompt.v, recipe.format, recipe.page_size, SINKS, BLOCK, 4 * BLOCK, transform)
+        cache = self.cache(recipe, prompt, transform, 4 * BLOCK)
         out = cache.attend(*(x[:BLOCK] for x in (prompt.q, prompt.k, prompt.v)))
         return hashlib.sha256(out.float().numpy().tobytes()).hexdigest()[:16]
 

@@ -231,6 +231,13 @@ class Model:
         tokens_first = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
         return self.caches[module.layer_idx].attend(*tokens_first)[None], None
 
+    def rope(self, x: Tensor, start: int, inverse: bool) -> Tensor:
+        """x [T, H, D] of tokens from position `start` on, rotated by their positions, or back."""
+        cos, sin = self.model.model.rotary_emb(x, torch.arange(start, start + len(x))[None])
+        half = x.shape[-1] // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+        return x * cos[0, :, None] + turned * sin[0, :, None] * (-1 if inverse else 1)
+
     @contextmanager
     def using(self, caches: Sequence[Cache]) -> Iterator[None]:
         self.caches = list(caches)
