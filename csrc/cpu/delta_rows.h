@@ -1,7 +1,7 @@
 // Tokens of the delta rule on their way from tensors to fp32, zero padded to whole vectors, and what is done to one
 // alone: l2norm and the rules of beta. Used token by token (delta_token.h) and by chunks (delta_chunk.h).
 #pragma once
-#include "cpu/codec.h"
+#include "cpu/row_vectors.h"
 #include "kvkernels/delta.h"
 
 #if defined(__x86_64__)

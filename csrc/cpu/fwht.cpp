@@ -3,8 +3,8 @@
 
 #include <cstdlib>
 
-#include "cpu/codec.h"
 #include "cpu/entry.h"
+#include "cpu/row_vectors.h"
 #include "cpu/split.h"
 #include "kvkernels/core/hadamard.h"
 

@@ -1,8 +1,8 @@
 // One task: an interval of rows. Bound by reading `outs` once; every row is summed in fp32.
 #include "kvkernels/ops/merge_states.h"
 
-#include "cpu/codec.h"
 #include "cpu/entry.h"
+#include "cpu/row_vectors.h"
 #include "cpu/split.h"
 
 KK_BEGIN

@@ -1,8 +1,8 @@
 // One task: an interval of (pair, KV head). A row goes through fp32 in the user's basis and stays in L1 on the way.
 #include "kvkernels/ops/pack_pages.h"
 
-#include "cpu/codec.h"
 #include "cpu/entry.h"
+#include "cpu/kivi2_rows.h"
 #include "cpu/split.h"
 
 KK_BEGIN
@@ -11,42 +11,37 @@ namespace {
 
 struct SidePair {
   PoolSide src, dst;
-  DecodeRows decode;
-  EncodeRows encode;  // null: kivi2 keys
 };
 
 SidePair side_pair(const PackPagesParams& p, Side side) {
-  const bool keys = side == Side::K;
-  const Format from = keys ? p.src.k_format : p.src.v_format, to = keys ? p.dst.k_format : p.dst.v_format;
-  return {PoolSide(p.src, side, p.transform, p.page_size, p.D), PoolSide(p.dst, side, p.transform, p.page_size, p.D),
-          decode_rows<DType::f32>(from, side, p.D),
-          keys && to == Format::kivi2 ? nullptr : encode_rows<DType::f32>(to, side, p.D)};
+  return {PoolSide(p.src, side, p.transform, DType::f32, p.page_size, p.D),
+          PoolSide(p.dst, side, p.transform, DType::f32, p.page_size, p.D)};
 }
 
 void pack_side(const SidePair& s, int64_t from, int64_t to, int64_t head) {
   constexpr int64_t batch = 16;
-  const SideLayout& layout = s.src.layout;
-  if (!s.encode) {
+  const int64_t page_size = s.src.codec.page_size;
+  if (!s.dst.codec.encode) {
     const auto load_token = [&](int64_t token, float* x) {
       const Row row = s.src.row(from, head, token, reinterpret_cast<uint8_t*>(x));
-      s.decode(&row, 1, layout);
+      s.src.decode(&row, 1);
     };
-    one_of<64, 128, 256>("head_dim", layout.head_dim, [&](auto D) {
-      Kivi2Keys<DType::f32, D.value>::encode_page(load_token, s.dst.row(to, head, 0, nullptr).side, layout.page_size);
+    one_of<64, 128, 256>("head_dim", s.src.codec.head_dim, [&](auto D) {
+      Kivi2Keys<DType::f32, D.value>::encode_page(load_token, s.dst.row(to, head, 0, nullptr).side, page_size);
     });
     return;
   }
-  for (int64_t token = 0; token < layout.page_size; token += batch) {
+  for (int64_t token = 0; token < page_size; token += batch) {
     alignas(64) float x[batch][256];
     Row src[batch], dst[batch];
-    const int64_t n = layout.page_size - token < batch ? layout.page_size - token : batch;
+    const int64_t n = page_size - token < batch ? page_size - token : batch;
     for (int64_t i = 0; i < n; ++i) {
       uint8_t* row = reinterpret_cast<uint8_t*>(x[i]);
       src[i] = s.src.row(from, head, token + i, row);
       dst[i] = s.dst.row(to, head, token + i, row);
     }
-    s.decode(src, n, layout);
-    s.encode(dst, n, n, s.dst.layout);
+    s.src.decode(src, n);
+    s.dst.encode(dst, n, n);
   }
 }
 

@@ -13,7 +13,7 @@ KK_BEGIN
 namespace {
 
 constexpr int64_t kBatch = 16;    // tokens at a time: 8 KB of fp32 at D 128
-constexpr int64_t kMaxDim = 256;  // that decode_rows knows
+constexpr int64_t kMaxDim = 256;  // of any codec
 
 inline F min_or_nan(F a, F b) {
   const auto smaller = min(a, b).v;  // b where either is NaN
@@ -104,10 +104,11 @@ struct LabelWriter {
 struct Summarizer {
   const PageSummariesParams& p;
   const int64_t record_bytes;
-  DecodeRows decode[kMaxPools];
+  PoolSide keys[kMaxPools];
 
   explicit Summarizer(const PageSummariesParams& params) : p(params), record_bytes(summary_bytes(p.layout)) {
-    for (int i = 0; i < p.num_pools; ++i) decode[i] = decode_rows<DType::f32>(p.pools[i].k_format, Side::K, p.D);
+    for (int i = 0; i < p.num_pools; ++i)
+      keys[i] = PoolSide(p.pools[i], Side::K, p.transform, DType::f32, p.page_size, p.D);
   }
 
   int64_t len(int64_t b) const { return p.seq_lens[b] > 0 ? p.seq_lens[b] : 0; }
@@ -160,7 +161,7 @@ struct Summarizer {
     while (from < to) {
       const int64_t page = from / p.page_size, end = (page + 1) * p.page_size < to ? (page + 1) * p.page_size : to;
       const int32_t e = entry(b, page);
-      const PoolSide side(p.pools[e >> 28], Side::K, p.transform, p.page_size, p.D);
+      const PoolSide& side = keys[e >> 28];
       for (int64_t n = 0; from < end; from += n) {
         n = end - from < kBatch ? end - from : kBatch;
         alignas(64) float x[kBatch * kMaxDim];
@@ -169,7 +170,7 @@ struct Summarizer {
         for (int64_t i = 0; i < n; ++i) {
           uint8_t* row = reinterpret_cast<uint8_t*>(x + i * p.D);
           rows[i] = side.row(e & kPageMask, g, from + i - page * p.page_size, row);
-          plain[i] = rows[i].side + rows[i].token * side.layout.token_stride;
+          plain[i] = rows[i].side + rows[i].token * side.codec.token_stride;
         }
         const Format format = p.pools[e >> 28].k_format;
         if (format == Format::bf16) {
@@ -177,7 +178,7 @@ struct Summarizer {
         } else if (format == Format::f16) {
           f(LoadF16{plain}, n);
         } else {
-          decode[e >> 28](rows, n, side.layout);
+          side.decode(rows, n);
           f(LoadF32{x, p.D}, n);
         }
       }

@@ -9,13 +9,8 @@ KK_BEGIN
 
 void read_kv_cpu(const ReadKvParams& p, const CpuExec& exec) {
   const int64_t row_bytes = p.D * (p.dtype == DType::f32 ? 4 : 2), token_bytes = p.Hkv * row_bytes;
-  const PoolSide k_side(p.pool, Side::K, p.transform, p.page_size, p.D),
-      v_side(p.pool, Side::V, p.transform, p.page_size, p.D);
-  DecodeRows decode_k = nullptr, decode_v = nullptr;
-  with_dtype(p.dtype, [&](auto type) {
-    decode_k = decode_rows<type.value>(p.pool.k_format, Side::K, p.D);
-    decode_v = decode_rows<type.value>(p.pool.v_format, Side::V, p.D);
-  });
+  const PoolSide k_side(p.pool, Side::K, p.transform, p.dtype, p.page_size, p.D),
+      v_side(p.pool, Side::V, p.transform, p.dtype, p.page_size, p.D);
 #if defined(KK_DEBUG_ASSERT)
   for (int64_t i = 0; i < p.T; ++i)
     if (p.slots[i] >= p.pool.num_pages * p.page_size) fail("read_kv: slots holds a page past the end of the pool");
@@ -25,8 +20,8 @@ void read_kv_cpu(const ReadKvParams& p, const CpuExec& exec) {
     Row k_rows[kRowBatch], v_rows[kRowBatch];
     int64_t n = 0;
     const auto flush = [&] {
-      decode_k(k_rows, n, k_side.layout);
-      decode_v(v_rows, n, v_side.layout);
+      k_side.decode(k_rows, n);
+      v_side.decode(v_rows, n);
       n = 0;
     };
     for (int64_t i = begin; i < end; ++i) {

@@ -2,9 +2,9 @@
 // While a record is multiplied, the same lines some pages further on are asked for. One task: an interval of blocks of pages.
 #include "kvkernels/ops/score_pages.h"
 
-#include "cpu/codec.h"
 #include "cpu/entry.h"
 #include "cpu/many_rows.h"
+#include "cpu/row_vectors.h"
 #include "cpu/score_reduce.h"
 
 KK_BEGIN

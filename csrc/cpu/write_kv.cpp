@@ -9,13 +9,9 @@ KK_BEGIN
 
 void write_kv_cpu(const WriteKvParams& p, const CpuExec& exec) {
   const int64_t element = p.dtype == DType::f32 ? 4 : 2;
-  const PoolSide k_side(p.pool, Side::K, p.transform, p.page_size, p.D),
-      v_side(p.pool, Side::V, p.transform, p.page_size, p.D);
-  EncodeRows encode_k = nullptr, encode_v = nullptr;
-  with_dtype(p.dtype, [&](auto type) {
-    encode_k = encode_rows<type.value>(p.pool.k_format, Side::K, p.D);
-    encode_v = encode_rows<type.value>(p.pool.v_format, Side::V, p.D);
-  });
+  const PoolSide k_side(p.pool, Side::K, p.transform, p.dtype, p.page_size, p.D),
+      v_side(p.pool, Side::V, p.transform, p.dtype, p.page_size, p.D);
+  if (!k_side.codec.encode) fail("kivi2 codes the keys of a page at once: use pack_pages");
 #if defined(KK_DEBUG_ASSERT)
   for (int64_t i = 0; i < p.T; ++i)
     if (p.slots[i] >= p.pool.num_pages * p.page_size) fail("write_kv: slots holds a page past the end of the pool");
@@ -27,8 +23,8 @@ void write_kv_cpu(const WriteKvParams& p, const CpuExec& exec) {
     Row k_rows[2 * kRowBatch], v_rows[2 * kRowBatch];
     int64_t named = 0;
     const auto encode = [&](int64_t n) {
-      encode_k(k_rows, n, named, k_side.layout);
-      encode_v(v_rows, n, named, v_side.layout);
+      k_side.encode(k_rows, n, named);
+      v_side.encode(v_rows, n, named);
       named -= n;
       memmove(k_rows, k_rows + n, static_cast<size_t>(named) * sizeof(Row));
       memmove(v_rows, v_rows + n, static_cast<size_t>(named) * sizeof(Row));

@@ -1,5 +1,6 @@
 // The SIMD row functions and the ops built on them against the scalar definitions in include/, bit for bit. Torch-free;
 // built once per ISA (CMake: KVKERNELS_TESTS). Prints the first differences and exits 1 if there are any.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -124,22 +125,41 @@ Row16 as_dtype(const std::vector<float>& x, DType t) {
   return r;
 }
 
-void to_stored(float* x, int64_t D, const float* centre, const float* balance) {
+// Of a format of `parts`; a transform without the vectors it does not use.
+void to_stored(float* x, int64_t D, int64_t parts, const KeyTransform& t) {
+  std::vector<float> y(x, x + D);
   for (int64_t i = 0; i < D; ++i) {
-    if (centre) x[i] = x[i] - centre[i];
-    if (balance) x[i] = x[i] * balance[i];
+    if (t.centre) y[i] = y[i] - t.centre[i];
+    if (t.balance) y[i] = y[i] * t.balance[i];
   }
-  fwht(x, D);
-  for (int64_t i = 0; i < D; ++i) x[i] *= fwht_scale(D);
+  for (int64_t i = 0; i < D; ++i) x[i] = y[parts == 2 && t.order ? t.order[i] : i];
+  for (int64_t p = 0; p < parts; ++p) fwht(x + p * D / parts, D / parts);
+  for (int64_t i = 0; i < D; ++i) x[i] *= fwht_scale(D / parts);
 }
-void from_stored(float* x, int64_t D, const float* centre, const float* balance) {
-  fwht(x, D);
+void from_stored(float* x, int64_t D, int64_t parts, const KeyTransform& t) {
+  for (int64_t p = 0; p < parts; ++p) fwht(x + p * D / parts, D / parts);
+  std::vector<float> y(x, x + D);
+  for (int64_t i = 0; i < D; ++i) x[parts == 2 && t.order ? t.order[i] : i] = y[i] * fwht_scale(D / parts);
   for (int64_t i = 0; i < D; ++i) {
-    x[i] *= fwht_scale(D);
-    if (balance) x[i] = x[i] / balance[i];
-    if (centre) x[i] = x[i] + centre[i];
+    if (t.balance) x[i] = x[i] / t.balance[i];
+    if (t.centre) x[i] = x[i] + t.centre[i];
   }
 }
+
+// A random key transform of `heads` heads.
+struct Transforms {
+  int64_t D;
+  std::vector<float> centre, balance;
+  std::vector<int32_t> order;
+
+  Transforms(int64_t heads, int64_t head_dim) : D(head_dim), centre(heads * D), balance(heads * D), order(heads * D) {
+    for (auto& c : centre) c = normal();
+    for (auto& b : balance) b = std::exp(normal());
+    for (int64_t i = 0; i < heads * D; ++i) order[i] = static_cast<int32_t>(i % D);
+    for (int64_t h = 0; h < heads; ++h) std::shuffle(&order[h * D], &order[h * D] + D, rng);
+  }
+  KeyTransform of(int64_t head) const { return {&centre[head * D], &balance[head * D], &order[head * D]}; }
+};
 
 bool same_number(const uint8_t* a, const uint8_t* b, DType t) {
   if (t == DType::f32) {
@@ -152,11 +172,14 @@ bool same_number(const uint8_t* a, const uint8_t* b, DType t) {
   return x == y || ((x & 0x7fff) > inf && (y & 0x7fff) > inf);
 }
 
-template <typename G>
-void for_rotated(Format f, G&& g) {
-  with_format(f, [&](auto tag) {
-    if constexpr (decltype(tag)::rotated) g(tag);
+// How the two sides of a pool can be `format`, with f16 in the place of one that it cannot code by itself.
+Format key_format(Format format) { return format == Format::kivi2 ? Format::f16 : format; }
+Format value_format(Format format) {
+  bool keys_only = false;
+  with_format(format, [&](auto tag) {
+    if constexpr (decltype(tag)::packed) keys_only = decltype(tag)::keys_only;
   });
+  return keys_only ? Format::f16 : format;
 }
 
 // One pool, every row by itself: bytes written and numbers read, K and V, all kinds of rows.
@@ -165,19 +188,17 @@ void test_rows(Format format, DType dtype, int64_t D, bool transform) {
   const std::string name = "format " + std::to_string(static_cast<int>(format)) + " dtype " +
                            std::to_string(static_cast<int>(dtype)) + " D " + std::to_string(D) +
                            (transform ? " transform" : "");
-  const bool keys = format != Format::kivi2;
-  std::vector<float> centre(Hkv * D), balance(Hkv * D), k(T * Hkv * D), v(T * Hkv * D);
-  for (auto& c : centre) c = normal();
-  for (auto& b : balance) b = std::exp(normal());
+  const Transforms transforms(Hkv, D);
+  std::vector<float> k(T * Hkv * D), v(T * Hkv * D);
   for (int64_t r = 0; r < T * Hkv; ++r) {
     fill_row(static_cast<int>(r % kNumKinds), &k[r * D], D);
     fill_row(static_cast<int>((r + 5) % kNumKinds), &v[r * D], D);
   }
   const Row16 kd = as_dtype(k, dtype), vd = as_dtype(v, dtype);
 
-  const Format k_format = keys ? format : Format::f16;
+  const Format k_format = key_format(format), v_format = value_format(format);
   const int64_t k_bytes = side_bytes(k_format, Side::K, page_size, D),
-                bytes = page_bytes(k_format, format, page_size, D);
+                bytes = page_bytes(k_format, v_format, page_size, D);
   std::vector<uint8_t> pool(2 * Hkv * bytes, 0xcd), want = pool;
   Pool p{};
   p.k = pool.data();
@@ -187,7 +208,7 @@ void test_rows(Format format, DType dtype, int64_t D, bool transform) {
   p.k_token = p.v_token = D * 2;
   p.num_pages = 2;
   p.k_format = k_format;
-  p.v_format = format;
+  p.v_format = v_format;
 
   std::vector<int64_t> slots(T);
   for (int64_t i = 0; i < T; ++i) slots[i] = i == 7 ? -1 : page_size + (i * 5) % page_size;
@@ -203,7 +224,7 @@ void test_rows(Format format, DType dtype, int64_t D, bool transform) {
   w.D = D;
   w.page_size = page_size;
   w.pool = p;
-  if (transform) w.transform = {centre.data(), balance.data(), nullptr};
+  if (transform) w.transform = transforms.of(0);
   write_kv_cpu(w, one_thread);
 
   ReadKvParams r{};
@@ -231,16 +252,15 @@ void test_rows(Format format, DType dtype, int64_t D, bool transform) {
           for (int64_t j = 0; j < D * element; ++j) check(read[j] == 0, name + ": skipped slot reads as zero");
           continue;
         }
-        const float* mu = transform && side == Side::K ? centre.data() + h * D : nullptr;
-        const float* t = transform && side == Side::K ? balance.data() + h * D : nullptr;
-        with_format(side == Side::K ? k_format : format, [&](auto tag) {
+        const KeyTransform t = transform && side == Side::K ? transforms.of(h) : KeyTransform{};
+        with_format(side == Side::K ? k_format : v_format, [&](auto tag) {
           using Fmt = decltype(tag);
           uint8_t* page = want.data() + (Hkv + h) * bytes + (side == Side::K ? 0 : k_bytes);
           const int64_t token = slots[i] - page_size;
-          if constexpr (Fmt::rotated) to_stored(y.data(), D, mu, t);
+          if constexpr (Fmt::rotated) to_stored(y.data(), D, Fmt::parts, t);
           Fmt::encode(side, y.data(), token, 1, page, page_size, D);
           Fmt::decode(side, page, token, 1, y.data(), page_size, D);
-          if constexpr (Fmt::rotated) from_stored(y.data(), D, mu, t);
+          if constexpr (Fmt::rotated) from_stored(y.data(), D, Fmt::parts, t);
         });
         const Row16 back = as_dtype(y, dtype);
         bool same = true;
@@ -261,60 +281,63 @@ void test_pack(Format from, Format to, int64_t D) {
   const int64_t Hkv = 2, page_size = 16, pages = 3;
   const std::string name =
       "pack_pages " + std::to_string(static_cast<int>(from)) + " -> " + std::to_string(static_cast<int>(to));
-  std::vector<float> centre(Hkv * D), balance(Hkv * D);
-  for (auto& c : centre) c = normal();
-  for (auto& b : balance) b = std::exp(normal());
-  const auto make = [&](Format f, std::vector<uint8_t>& data) {
-    const int64_t bytes = page_bytes(f, f, page_size, D);
+  const Transforms transforms(Hkv, D);
+  const auto make = [&](Format k_format, Format v_format, std::vector<uint8_t>& data) {
+    const int64_t bytes = page_bytes(k_format, v_format, page_size, D);
     data.resize(pages * Hkv * bytes);
     for (auto& b : data) b = static_cast<uint8_t>(rng());
     Pool p{};
     p.k = data.data();
-    p.v = p.k + side_bytes(f, Side::K, page_size, D);
+    p.v = p.k + side_bytes(k_format, Side::K, page_size, D);
     p.k_page = p.v_page = Hkv * bytes;
     p.k_head = p.v_head = bytes;
     p.k_token = p.v_token = D * 2;
     p.num_pages = pages;
-    p.k_format = p.v_format = f;
+    p.k_format = k_format;
+    p.v_format = v_format;
     return p;
   };
   std::vector<uint8_t> src, dst;
   const int32_t pairs[] = {2, 0, -1, 1, 0, 2};
   PackPagesParams p{};
-  p.src = make(from, src);
+  p.src = make(from, value_format(from), src);
   // Numbers, not random bits: of those a third of all halves' neighbours are NaN and every group would be.
   for (int64_t page = 0; page < pages * Hkv; ++page)
-    with_format(from, [&](auto tag) {
-      using Fmt = decltype(tag);
-      std::vector<float> x(page_size * D);
-      for (int64_t t = 0; t < page_size; ++t) fill_row(page == 5 ? static_cast<int>(t) % kNumKinds : 0, &x[t * D], D);
-      Fmt::encode(Side::K, x.data(), 0, page_size, p.src.k + page * p.src.k_head, page_size, D);
-      Fmt::encode(Side::V, x.data(), 0, page_size, p.src.v + page * p.src.v_head, page_size, D);
-    });
-  p.dst = make(to, dst);
+    for (Side side : {Side::K, Side::V})
+      with_format(side == Side::K ? p.src.k_format : p.src.v_format, [&](auto tag) {
+        std::vector<float> x(page_size * D);
+        for (int64_t t = 0; t < page_size; ++t) fill_row(page == 5 ? static_cast<int>(t) % kNumKinds : 0, &x[t * D], D);
+        uint8_t* first = side == Side::K ? p.src.k : p.src.v;
+        decltype(tag)::encode(side, x.data(), 0, page_size, first + page * p.src.k_head, page_size, D);
+      });
+  p.dst = make(to, value_format(to), dst);
   p.pairs = pairs;
   p.N = 3;
   p.Hkv = Hkv;
   p.D = D;
   p.page_size = page_size;
-  p.transform = {centre.data(), balance.data(), nullptr};
+  p.transform = transforms.of(0);
   std::vector<uint8_t> want = dst;
   for (int i = 0; i < 3; ++i)
     for (int64_t h = 0; h < Hkv && pairs[2 * i] >= 0; ++h)
       for (Side side : {Side::K, Side::V}) {
         const bool keys = side == Side::K;
-        const float *mu = keys ? &centre[h * D] : nullptr, *t = keys ? &balance[h * D] : nullptr;
+        const KeyTransform t = keys ? transforms.of(h) : KeyTransform{};
         const uint8_t* a = (keys ? p.src.k : p.src.v) + pairs[2 * i] * p.src.k_page + h * p.src.k_head;
         uint8_t* b = want.data() + ((keys ? p.dst.k : p.dst.v) - dst.data()) + pairs[2 * i + 1] * p.dst.k_page +
                      h * p.dst.k_head;
         std::vector<float> x(page_size * D);
-        with_format(from, [&](auto tag) {
-          decltype(tag)::decode(side, a, 0, page_size, x.data(), page_size, D);
-          for (int64_t r = 0; r < page_size && decltype(tag)::rotated; ++r) from_stored(&x[r * D], D, mu, t);
+        with_format(keys ? p.src.k_format : p.src.v_format, [&](auto tag) {
+          using Fmt = decltype(tag);
+          Fmt::decode(side, a, 0, page_size, x.data(), page_size, D);
+          if constexpr (Fmt::rotated)
+            for (int64_t r = 0; r < page_size; ++r) from_stored(&x[r * D], D, Fmt::parts, t);
         });
-        with_format(to, [&](auto tag) {
-          for (int64_t r = 0; r < page_size && decltype(tag)::rotated; ++r) to_stored(&x[r * D], D, mu, t);
-          decltype(tag)::encode(side, x.data(), 0, page_size, b, page_size, D);
+        with_format(keys ? p.dst.k_format : p.dst.v_format, [&](auto tag) {
+          using Fmt = decltype(tag);
+          if constexpr (Fmt::rotated)
+            for (int64_t r = 0; r < page_size; ++r) to_stored(&x[r * D], D, Fmt::parts, t);
+          Fmt::encode(side, x.data(), 0, page_size, b, page_size, D);
         });
       }
   pack_pages_cpu(p, three_threads);
