@@ -1,10 +1,15 @@
 // K and V of one token and KV head between registers and page bytes: what the formats' headers say in scalar code, done
 // by the L lanes of a row (cuda/rows.cuh). Same bytes. Products are __fmul_rn where a sum follows, so none is fused.
 #pragma once
+#include <type_traits>
+
 #include "cuda/rows.cuh"
+#include "cuda/trits.cuh"
 #include "kvkernels/format.h"
 
 namespace kk::cuda {
+
+constexpr int kCodecThreads = 256;  // of the blocks that encode and decode
 
 // One side of a pool.
 struct PoolSide {
@@ -15,6 +20,7 @@ struct PoolSide {
   Side side;
   Format format;
   bool rotated;
+  int parts;               // of its channels, each rotated by itself (core/halves.h)
   KeyTransform transform;  // null where it does not apply
   bool transform_vector;   // 16-byte aligned
 
@@ -33,9 +39,16 @@ inline PoolSide pool_side(const std::string& what, const Pool& p, Side side, con
   s.head_dim = static_cast<int>(head_dim);
   s.side = side;
   s.format = keys ? p.k_format : p.v_format;
-  with_format(s.format, [&](auto fmt) { s.rotated = decltype(fmt)::rotated; });
+  with_format(s.format, [&](auto fmt) {
+    using Fmt = decltype(fmt);
+    s.rotated = Fmt::rotated;
+    s.parts = 1;
+    if constexpr (Fmt::rotated) s.parts = Fmt::parts;
+  });
   if (keys && s.rotated) s.transform = t;
-  s.transform_vector = aligned16(s.transform.centre) && aligned16(s.transform.balance);  // head_dim * 4 bytes are
+  if (s.parts == 1) s.transform.order = nullptr;
+  s.transform_vector = aligned16(s.transform.centre) && aligned16(s.transform.balance) &&
+                       aligned16(s.transform.order);  // head_dim * 4 bytes are
   require_aligned16(what + (keys ? ", keys" : ", values"), s.data, s.page_stride, s.head_stride, s.token_stride);
   return s;
 }
@@ -58,72 +71,120 @@ __device__ __forceinline__ Slot locate(int64_t slot, int64_t page_size) {
   return {s / n, s % n};
 }
 
-// ---- u8 u4 u3 u2
+// ---- codes of a token: core/token_codes.h
 
-template <int Bits>
-struct CodeWord;  // 8 codes
+template <int Bytes>
+struct Word;
 template <>
-struct CodeWord<2> {
+struct Word<1> {
+  using type = uint8_t;
+};
+template <>
+struct Word<2> {
   using type = uint16_t;
 };
 template <>
-struct CodeWord<4> {
+struct Word<4> {
   using type = uint32_t;
 };
 template <>
-struct CodeWord<8> {
+struct Word<8> {
   using type = uint64_t;
 };
 
-// Where the codes and the scale of this lane's channels are.
-template <typename Fmt, int L>
+// Bits of a code of plane 0 in registers: trits have two there.
+template <typename Grid>
+inline constexpr int kCodeBits = Grid::low_bits;
+template <>
+inline constexpr int kCodeBits<Ternary> = 2;
+
+// Where the codes and the scale of this lane's channels are. L: the lanes of a part of the row.
+template <typename Codes, int L>
 struct TokenPlace {
+  using Grid = typename Codes::Grid;
+  using Scale = typename Codes::Scale;
   static constexpr int D = kPerLane * L, group_lanes = L < 16 ? L : 16;
-  using Word = typename CodeWord<Fmt::low_bits>::type;
-  Word* low;
-  uint8_t* high;  // u3
-  uint16_t* scale;
+  uint8_t *low, *high;  // low: of the lane's group
+  typename Scale::Bits* scale;
+
+  static __device__ int group_lane() { return threadIdx.x % group_lanes; }
 
   __device__ TokenPlace(uint8_t* side, int64_t token, int64_t page_size) {
-    const int lane = threadIdx.x % L;
-    low = reinterpret_cast<Word*>(side + token * (D * Fmt::low_bits / 8)) + lane;
-    high = side + Fmt::plane1_offset(page_size, D) + token * (D / 8) + lane;
-    scale = reinterpret_cast<uint16_t*>(side + Fmt::scales_offset(page_size, D)) + token * Fmt::groups(D) +
-            lane / group_lanes;
+    const int lane = threadIdx.x % L, group = lane / group_lanes;
+    low = side + token * Codes::low_row(D) + group * Grid::low_bytes(kPerLane * group_lanes);
+    high = side + Codes::plane1_offset(page_size, D) + token * (D / 8) + lane;
+    scale = reinterpret_cast<typename Scale::Bits*>(side + Codes::scales_offset(page_size, D)) +
+            token * Codes::groups(D) + group;
+  }
+
+  using LowWord = typename Word<kCodeBits<Grid>>::type;  // eight codes
+  __device__ LowWord* low_word() const { return reinterpret_cast<LowWord*>(low) + group_lane(); }
+
+  __device__ __forceinline__ uint64_t load_low() const {
+    if constexpr (std::is_same_v<Grid, Ternary>) {
+      // Channels 8 i ... 8 i + 7 begin in the middle of a byte and lie in two or three.
+      const int first = group_lane() * kPerLane, skip = first % 5;
+      const uint8_t* p = low + first / 5;
+      const uint32_t two = unpack_trits(p[0] | static_cast<uint32_t>(p[1]) << 16);
+      const uint32_t third = skip > 2 ? unpack_trits(p[2]) : 0;
+      return ((two & 0x3ffu) | two >> 6 | third << 20) >> (2 * skip);
+    } else {
+      return *low_word();
+    }
+  }
+
+  // By a warp; `active` lanes write.
+  __device__ __forceinline__ void store_low(uint64_t codes, bool active) const {
+    if constexpr (std::is_same_v<Grid, Ternary>) {
+      // A lane writes the one or two bytes that begin with its channels; the last of them ends in the next lane's.
+      const uint32_t own = static_cast<uint32_t>(codes);
+      const uint32_t next = __shfl_down_sync(kWholeWarp, own, 1, group_lanes);
+      const uint32_t both = own | (group_lane() + 1 < group_lanes ? next : 0u) << 16;
+      const int first = group_lane() * kPerLane, skip = (5 - first % 5) % 5;
+      uint8_t* p = low + (first + skip) / 5;
+      if (!active) return;
+      p[0] = pack_trits(both >> (2 * skip));
+      if (skip + 5 < kPerLane) p[1] = pack_trits(both >> (2 * skip + 10));
+    } else {
+      if (active) *low_word() = static_cast<LowWord>(codes);
+    }
   }
 };
 
-template <typename Fmt, int L>
-__device__ __forceinline__ void unpack(const TokenPlace<Fmt, L>& at, float (&x)[8]) {
-  using Grid = typename Fmt::Grid;
-  const uint64_t low = *at.low;
-  const float s = f16_to_float(*at.scale);
+template <typename Codes, int L>
+__device__ __forceinline__ void unpack(const TokenPlace<Codes, L>& at, float (&x)[8]) {
+  using Grid = typename Codes::Grid;
+  constexpr int bits = kCodeBits<Grid>;
+  const uint64_t low = at.load_low();
+  const float s = Codes::Scale::to_float(*at.scale);
   uint32_t high = 0;
-  if constexpr (Fmt::bits == 3) high = *at.high;
+  if constexpr (Grid::bits == 3) high = *at.high;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    uint32_t code = static_cast<uint32_t>(low >> (Fmt::low_bits * i)) & ((1u << Fmt::low_bits) - 1u);
-    if constexpr (Fmt::bits == 3) code |= (high >> i & 1u) << 2;
+    uint32_t code = static_cast<uint32_t>(low >> (bits * i)) & ((1u << bits) - 1u);
+    if constexpr (Grid::bits == 3) code |= (high >> i & 1u) << 2;
     x[i] = __fmul_rn(s, static_cast<float>(code) - Grid::offset);
   }
 }
 
-// MidRise::encode of core/midrise.h. x is in the stored basis; nothing is written for rows that are not `active`.
-template <typename Fmt, int L>
-__device__ __forceinline__ void pack(const float (&x)[8], bool active, const TokenPlace<Fmt, L>& at) {
-  using Grid = typename Fmt::Grid;
-  constexpr int G = TokenPlace<Fmt, L>::group_lanes, n = kPerLane * G;
-  float t[8];
+// encode_group of core/grid.h. x is in the stored basis; nothing is written for lanes that are not `active`.
+template <typename Codes, int L>
+__device__ __forceinline__ void pack(const float (&x)[8], bool unbiased, bool active, const TokenPlace<Codes, L>& at) {
+  using Grid = typename Codes::Grid;
+  using Scale = typename Codes::Scale;
+  constexpr int G = TokenPlace<Codes, L>::group_lanes, n = kPerLane * G, bits = kCodeBits<Grid>;
+  float t[8], level[8];
   bool finite = true;
 #pragma unroll
   for (int i = 0; i < 8; ++i) finite &= fabsf(x[i]) <= 3.4028235e38f;
   finite = !any_lane<G>(!finite);
 
-  float base;
+  float base, squares = 0.0f;
   if constexpr (Grid::from_rms) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) t[i] = __fmul_rn(x[i], x[i]);
-    base = sqrtf(fold_sum<G>(t) * (1.0f / n));
+    squares = fold_sum<G>(t);
+    base = sqrtf(squares * (1.0f / n));
   } else {
     float top = 0.0f;
 #pragma unroll
@@ -135,26 +196,42 @@ __device__ __forceinline__ void pack(const float (&x)[8], bool active, const Tok
   float den = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float c = Grid::clamp_code(floorf(x[i] * inv0)) + 0.5f;
-    t[i] = __fmul_rn(x[i], c);
-    den += c * c;  // exact, fused or not
+    const float l = Grid::level(__fmul_rn(x[i], inv0));
+    t[i] = __fmul_rn(x[i], l);
+    den += l * l;  // exact, fused or not
   }
   den = fold_lanes(den, G, [](float a, float b) { return a + b; });
-  const uint16_t scale = float_to_f16(fminf(fold_sum<G>(t) / den, kMaxScale));
-  const float s = f16_to_float(scale), inv = s > 0.0f ? 1.0f / s : 0.0f;
+  const float dot = fold_sum<G>(t), least_squares = den > 0.0f ? dot / den : 0.0f;
+
+  typename Scale::Bits scale;
+  const auto levels = [&](float inv) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) level[i] = Grid::level(__fmul_rn(x[i], inv));
+  };
+  if (Grid::unbiased_values && unbiased) {  // alike for the lanes of a warp
+    levels(1.0f / fmaxf(least_squares, kTinyScale));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) t[i] = __fmul_rn(x[i], level[i]);
+    const float length = fold_sum<G>(t);
+    scale = Scale::from_float(length > 0.0f ? fminf(squares / length, Scale::largest) : 0.0f);
+  } else {
+    scale = Scale::from_float(fminf(least_squares, Scale::largest));
+    const float s = Scale::to_float(scale);
+    levels(s > 0.0f ? 1.0f / s : 0.0f);
+  }
 
   uint64_t low = 0;
   uint32_t high = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const uint32_t code = static_cast<int>(Grid::clamp_code(floorf(x[i] * inv))) + Grid::half_levels;
-    low |= static_cast<uint64_t>(code & ((1u << Fmt::low_bits) - 1u)) << (Fmt::low_bits * i);
+    const uint32_t code = static_cast<uint32_t>(level[i] + Grid::offset);
+    low |= static_cast<uint64_t>(code & ((1u << bits) - 1u)) << (bits * i);
     high |= (code >> 2 & 1u) << i;
   }
+  at.store_low(finite ? low : 0, active);
   if (!active) return;
-  *at.low = static_cast<typename TokenPlace<Fmt, L>::Word>(finite ? low : 0);
-  if constexpr (Fmt::bits == 3) *at.high = static_cast<uint8_t>(finite ? high : 0);
-  if (threadIdx.x % G == 0) *at.scale = finite ? scale : 0x7e00;
+  if constexpr (Grid::bits == 3) *at.high = static_cast<uint8_t>(finite ? high : 0);
+  if (threadIdx.x % G == 0) *at.scale = finite ? scale : Scale::nan;
 }
 
 // ---- kivi2
@@ -235,7 +312,41 @@ struct LaneTransform {
   }
 };
 
-// k' = H diag(t) (k - mu)
+// H / sqrt(n) within each part of n channels.
+template <int L>
+__device__ __forceinline__ void rotate_parts(int parts, float (&x)[8]) {
+  hadamard(x, kPerLane * L / 2);
+  if (parts == 1) hadamard_stage(x, L / 2);
+  const float scale = parts == 1 ? fwht_scale(kPerLane * L) : fwht_scale(kPerLane * L / 2);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], scale);
+}
+
+// Between the user's order of the channels and the order they are stored in, through shared memory: `scatter` is the way
+// back. By a warp, of a block of kCodecThreads.
+template <int L>
+__device__ __forceinline__ void reorder(const PoolSide& s, int64_t head, bool scatter, float (&x)[8]) {
+  KK_SHARED(float, rows, [kCodecThreads / L][kPerLane * L]);
+  float* row = rows[threadIdx.x / L];
+  const int c = threadIdx.x % L * kPerLane;
+  const int32_t* order = s.transform.order + head * s.head_dim + c;
+  int32_t at[8];
+  if (s.transform_vector) {
+    const int4 a = *reinterpret_cast<const int4*>(order), b = *reinterpret_cast<const int4*>(order + 4);
+    at[0] = a.x, at[1] = a.y, at[2] = a.z, at[3] = a.w, at[4] = b.x, at[5] = b.y, at[6] = b.z, at[7] = b.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) at[i] = order[i];
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) row[scatter ? at[i] : c + i] = x[i];
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = row[scatter ? c + i : at[i]];
+}
+
+// k' = H (diag(t) (k - mu))[order]
 template <int L>
 __device__ __forceinline__ void rotate(const PoolSide& s, int64_t head, float (&x)[8]) {
   const LaneTransform t(s, head, threadIdx.x % L);
@@ -250,19 +361,17 @@ __device__ __forceinline__ void rotate(const PoolSide& s, int64_t head, float (&
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], a[i]);
   }
-  hadamard(x, kPerLane * L);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], fwht_scale(kPerLane * L));
+  if (s.transform.order) reorder<L>(s, head, false, x);
+  rotate_parts<L>(s.parts, x);
 }
 
-// k = (H k') / t + mu
+// k = (H k')[order back] / t + mu
 template <int L>
 __device__ __forceinline__ void unrotate(const PoolSide& s, int64_t head, float (&x)[8]) {
   const LaneTransform t(s, head, threadIdx.x % L);
   float a[8];
-  hadamard(x, kPerLane * L);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], fwht_scale(kPerLane * L));
+  rotate_parts<L>(s.parts, x);
+  if (s.transform.order) reorder<L>(s, head, true, x);
   if (t.balance) {
     load8<DType::f32>(t.balance, t.vector, a);
 #pragma unroll
@@ -287,6 +396,17 @@ __device__ __forceinline__ void switch_format(Format format, F&& f) {
   }
 }
 
+// f(codes, lanes, own, data) for each part of a rotated format: its TokenCodes, its lanes of the L of a row, whether this lane is
+// one of them, and its bytes.
+template <typename Fmt, int L, typename F>
+__device__ __forceinline__ void each_part(uint8_t* side, int64_t page_size, F&& f) {
+  constexpr int lanes = L / Fmt::parts;
+  f(typename Fmt::template Part<0>{}, Int<lanes>{}, threadIdx.x % L < lanes, side);
+  if constexpr (Fmt::parts == 2)
+    f(typename Fmt::template Part<1>{}, Int<lanes>{}, threadIdx.x % L >= lanes,
+      side + Fmt::part_offset(1, page_size, kPerLane * L));
+}
+
 template <typename Fmt>
 inline constexpr DType kPlainType = DType::bf16;
 template <>
@@ -302,7 +422,10 @@ __device__ __forceinline__ void encode(const PoolSide& s, float (&x)[8], bool ac
   switch_format(s.format, [&](auto fmt) {
     using Fmt = decltype(fmt);
     if constexpr (Fmt::rotated) {
-      pack(x, active, TokenPlace<Fmt, L>(side, token, s.page_size));
+      each_part<Fmt, L>(side, s.page_size, [&](auto codes, auto lanes, bool own, uint8_t* part) {
+        const TokenPlace<decltype(codes), lanes.value> at(part, token, s.page_size);
+        pack(x, s.side == Side::V, active && own, at);
+      });
     } else if constexpr (Fmt::packed) {
       encode_kivi2_values<L>(x, active, side, token, s.page_size);
     } else if (active && lane * kPerLane < s.head_dim) {
@@ -321,7 +444,9 @@ __device__ __forceinline__ void load_stored(const PoolSide& s, bool active, int6
   for (int i = 0; i < 8; ++i) x[i] = 0.0f;
   if (!active || lane * kPerLane >= s.head_dim) return;
   if constexpr (Fmt::rotated)
-    unpack(TokenPlace<Fmt, L>(side, token, s.page_size), x);
+    each_part<Fmt, L>(side, s.page_size, [&](auto codes, auto lanes, bool own, uint8_t* part) {
+      if (own) unpack(TokenPlace<decltype(codes), lanes.value>(part, token, s.page_size), x);
+    });
   else if constexpr (Fmt::packed)
     decode_kivi2<L>(s.side, side, token, s.page_size, x);
   else

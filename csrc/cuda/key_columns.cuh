@@ -10,6 +10,25 @@ namespace kk::cuda {
 constexpr int kPlainRun = 2;
 KK_HD int plain_steps(int head_dim) { return (head_dim + 31) / 32 * kPlainRun; }
 
+template <typename Fmt>
+inline constexpr bool kScored = Fmt::rotated;
+template <>
+inline constexpr bool kScored<b1> = false;
+template <>
+inline constexpr bool kScored<t1> = false;
+template <>
+inline constexpr bool kScored<u2_e5m3> = false;
+template <>
+inline constexpr bool kScored<t1_e5m3> = false;
+template <>
+inline constexpr bool kScored<b1_e5m3> = false;
+template <>
+inline constexpr bool kScored<m31> = false;
+template <>
+inline constexpr bool kScored<m42> = false;
+template <>
+inline constexpr bool kScored<m21> = false;
+
 // Where a token is.
 struct KeyPlace {
   const uint8_t* page;  // K side, or null: there is no such token
@@ -28,13 +47,13 @@ __device__ __forceinline__ void unpack_codes(uint32_t word, uint32_t high, uint3
     pairs[1] = add_bf16(high_halves(even, odd), 0x3f003f00u);
   } else {
     // 64 + code, where the lowest bit of bf16 means a half, less 64 + offset: codes i and i + N at a time.
-    constexpr uint32_t code = (1u << (Fmt::low_bits + 1)) - 2u;
+    constexpr uint32_t code = (1u << (Fmt::Grid::low_bits + 1)) - 2u;
     constexpr uint32_t offset = 0xc280u + static_cast<uint32_t>(2 * Fmt::Grid::offset);
     if constexpr (Fmt::bits == 3) high = __byte_perm(high, 0, 0x4140) << 3;
     uint32_t apart[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const int shift = Fmt::low_bits * i - 1;
+      const int shift = Fmt::Grid::low_bits * i - 1;
       uint32_t x = (shift < 0 ? word << 1 : word >> shift) & (code * 0x10001u);
       if constexpr (Fmt::bits == 3) x |= high >> i & 0x00080008u;
       apart[i] = add_bf16(x | 0x42804280u, offset * 0x10001u);
@@ -78,13 +97,13 @@ struct Keys {
   // Of the 8 tokens from `first` on. A group takes kRun words, u3's high bits are in the fifth of them.
   template <typename Fmt>
   __device__ __forceinline__ void load_codes(int tile, int64_t page_size, const KeyPlace& first) {
-    constexpr int kBytes = 4 * kRun * Fmt::low_bits / 8;  // of a lane and group
+    constexpr int kBytes = 4 * kRun * Fmt::Grid::low_bits / 8;  // of a lane and group
     using Piece = std::conditional_t<kBytes >= 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
     const int64_t token = first.token + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const int c = group * kScaleGroup + threadIdx.x % 4 * 4 * kRun;
-      const uint8_t* low = first.page + (token * MaxD + c) * Fmt::low_bits / 8;
+      const uint8_t* low = first.page + (token * MaxD + c) * Fmt::Grid::low_bits / 8;
 #pragma unroll
       for (int i = 0; i < kBytes; i += sizeof(Piece)) load_piece<Piece>(tile, kRun * group + i / 4, low + i);
       if constexpr (Fmt::bits == 3) {
@@ -135,7 +154,7 @@ struct Keys {
   // Codes of a group, without its scales.
   template <typename Fmt>
   __device__ __forceinline__ void multiply_codes(const QueryTile& q, int group, Sums (&sums)[2]) const {
-    constexpr int kWordSteps = 8 / Fmt::low_bits;
+    constexpr int kWordSteps = 8 / Fmt::Grid::low_bits;
 #pragma unroll
     for (int k = 0; k < kRun / kWordSteps; ++k) {
       uint32_t pairs[2][2 * kWordSteps];

@@ -7,8 +7,6 @@
 namespace kk::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
 struct Args {
   PoolSide src[2], dst[2];
   const int32_t* pairs;
@@ -17,9 +15,9 @@ struct Args {
 
 // Bound as write_kv is.
 template <int L>
-__global__ __launch_bounds__(kThreads) void pack_pages_kernel(__grid_constant__ const Args a, int first_side) {
+__global__ __launch_bounds__(kCodecThreads) void pack_pages_kernel(__grid_constant__ const Args a, int first_side) {
   const PoolSide &src = a.src[first_side + blockIdx.y], &dst = a.dst[first_side + blockIdx.y];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / L) + threadIdx.x / L;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kCodecThreads / L) + threadIdx.x / L;
   const Slot at = locate(row, src.page_size);  // the "page" counts (pair, head)
   const uint32_t page = static_cast<uint32_t>(at.page), pair = page / a.heads, head = page % a.heads;
   bool active = at.page < a.pages;
@@ -32,8 +30,8 @@ __global__ __launch_bounds__(kThreads) void pack_pages_kernel(__grid_constant__ 
 
 // Keys become kivi2. Bound by decoding them twice; the second time they come from the cache.
 template <int L>
-__global__ __launch_bounds__(kThreads) void pack_kivi2_keys_kernel(__grid_constant__ const Args a) {
-  constexpr int D = kPerLane * L, rows = kThreads / L;  // tokens in flight
+__global__ __launch_bounds__(kCodecThreads) void pack_kivi2_keys_kernel(__grid_constant__ const Args a) {
+  constexpr int D = kPerLane * L, rows = kCodecThreads / L;  // tokens in flight
   KK_SHARED(float, lows, [rows][D]);
   KK_SHARED(float, highs, [rows][D]);
   KK_SHARED(kivi2::Affine, affine, [D]);
@@ -61,7 +59,7 @@ __global__ __launch_bounds__(kThreads) void pack_kivi2_keys_kernel(__grid_consta
 #pragma unroll
   for (int i = 0; i < 8; ++i) lows[row][c + i] = lo[i], highs[row][c + i] = hi[i];
   __syncthreads();
-  for (int d = threadIdx.x; d < D; d += kThreads) {
+  for (int d = threadIdx.x; d < D; d += kCodecThreads) {
     float low = INFINITY, high = -INFINITY;
     bool finite = true;
     for (int r = 0; r < rows; ++r) {
@@ -97,13 +95,14 @@ void pack_pages(const PackPagesParams& p, const CudaExec& exec) {
                   static_cast<uint32_t>(p.Hkv)};
   const bool kivi2_keys = p.dst.k_format == Format::kivi2;
   with_row_lanes(p.D, [&](auto L) {
-    constexpr int per_block = kThreads / static_cast<int>(L);
+    constexpr int per_block = kCodecThreads / static_cast<int>(L);
     const int64_t blocks = (rows + per_block - 1) / per_block;
     if (pages >> 31 || blocks >> 31)
       fail("pack_pages: pairs.size(0) * Hkv * page_size is too large for one launch on CUDA");
     if (kivi2_keys)
-      launch(pack_kivi2_keys_kernel<L.value>, dim3(static_cast<unsigned>(pages)), dim3(kThreads), 0, exec.stream, args);
-    launch(pack_pages_kernel<L.value>, dim3(static_cast<unsigned>(blocks), kivi2_keys ? 1 : 2), dim3(kThreads), 0,
+      launch(pack_kivi2_keys_kernel<L.value>, dim3(static_cast<unsigned>(pages)), dim3(kCodecThreads), 0, exec.stream,
+             args);
+    launch(pack_pages_kernel<L.value>, dim3(static_cast<unsigned>(blocks), kivi2_keys ? 1 : 2), dim3(kCodecThreads), 0,
            exec.stream, args, kivi2_keys ? 1 : 0);
   });
 }

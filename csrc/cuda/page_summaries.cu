@@ -10,7 +10,7 @@
 namespace kk::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kWarps = kCodecThreads / 32;
 constexpr int kBlocksPerSm = 8;
 
 struct Args {
@@ -43,6 +43,7 @@ __device__ __forceinline__ float largest(const float (&x)[8]) {
 // one page to summarise, and waits for its loads.
 template <int L, typename F>
 __device__ __forceinline__ void each_key(const Args& a, int64_t b, int head, const Run& run, F&& f) {
+  constexpr int kBatch = 4;
   const bool active = head < a.heads;
   const int32_t* table = a.page_table + b * a.table_stride;
   Slot at = locate(run.begin, a.page_size);
@@ -51,22 +52,21 @@ __device__ __forceinline__ void each_key(const Args& a, int64_t b, int head, con
     const PoolSide& side = a.side[entry >> 28];
     const int64_t end = min(a.page_size, at.token + left);
     left -= end - at.token;
-    switch_format(side.format, [&](auto fmt) {
-      using Fmt = decltype(fmt);
-      constexpr int kBatch = Fmt::packed ? 2 : 4;
-      for (int64_t token = at.token; token < end; token += kBatch) {
-        float x[kBatch][8];
+    for (int64_t token = at.token; token < end; token += kBatch) {
+      float x[kBatch][8];
+      switch_format(side.format, [&](auto fmt) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
-          load_stored<Fmt, L>(side, active && token + i < end, entry & kPageMask, active ? head : 0, token + i, x[i]);
+          load_stored<decltype(fmt), L>(side, active && token + i < end, entry & kPageMask, active ? head : 0,
+                                        token + i, x[i]);
+      });
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (token + i >= end) break;
-          if constexpr (Fmt::rotated) unrotate<L>(side, active ? head : 0, x[i]);
-          f(x[i]);
-        }
+      for (int i = 0; i < kBatch; ++i) {
+        if (token + i >= end) break;
+        if (side.rotated) unrotate<L>(side, active ? head : 0, x[i]);
+        f(x[i]);
       }
-    });
+    }
   }
 }
 
@@ -194,7 +194,7 @@ __device__ __forceinline__ void summarise_channels(const Args& a, int64_t b, int
 }
 
 template <int L, SummaryKind Kind>
-__global__ __launch_bounds__(kThreads, 2) void page_summaries_kernel(__grid_constant__ const Args a) {
+__global__ __launch_bounds__(kCodecThreads, 2) void page_summaries_kernel(__grid_constant__ const Args a) {
   constexpr int kHeads = 32 / L;  // of a warp
   const int64_t b = blockIdx.x / a.parts;
   const int head_blocks = (a.heads + kHeads - 1) / kHeads;
@@ -221,7 +221,7 @@ __global__ __launch_bounds__(kThreads, 2) void page_summaries_kernel(__grid_cons
     } else if constexpr (Kind == SummaryKind::mean) {
       summarise_mean<L>(a, b, head, run, record);
     } else {
-      KK_SHARED(float, keys, [kThreads / L][2 * kPerLane * L]);
+      KK_SHARED(float, keys, [kCodecThreads / L][2 * kPerLane * L]);
       summarise_channels<L>(a, b, head, run, record, keys[threadIdx.x / L]);
     }
   }
@@ -252,7 +252,7 @@ void page_summaries(const PageSummariesParams& p, const CudaExec& exec) {
   a.parts = static_cast<int>(parts);
   with_row_lanes(p.D, [&](auto L) {
     const auto run = [&](auto kernel) {
-      launch(kernel, dim3(static_cast<unsigned>(p.B * parts)), dim3(kThreads), 0, exec.stream, a);
+      launch(kernel, dim3(static_cast<unsigned>(p.B * parts)), dim3(kCodecThreads), 0, exec.stream, a);
     };
     if (p.layout.kind == SummaryKind::minmax) return run(page_summaries_kernel<L.value, SummaryKind::minmax>);
     if (p.layout.kind == SummaryKind::mean) return run(page_summaries_kernel<L.value, SummaryKind::mean>);

@@ -6,8 +6,6 @@
 namespace kk::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
 struct Args {
   uint8_t* out[2];  // [rows, head_dim]
   PoolSide side[2];
@@ -20,9 +18,9 @@ struct Args {
 // Two rows of D = 128 in a warp: 68 bytes of u2 in, 512 of bf16 out, and 265 instructions (counted, sm_90a). At 4 per
 // cycle these take 1.6 times as long as the bytes at an H100's 14.5 per cycle and SM. Bytes bound 16-bit pages.
 template <int L>
-__global__ __launch_bounds__(kThreads) void read_kv_kernel(__grid_constant__ const Args a) {
+__global__ __launch_bounds__(kCodecThreads) void read_kv_kernel(__grid_constant__ const Args a) {
   const PoolSide& side = a.side[blockIdx.y];
-  const uint32_t row = blockIdx.x * (kThreads / L) + threadIdx.x / L, token = row / a.heads, head = row % a.heads;
+  const uint32_t row = blockIdx.x * (kCodecThreads / L) + threadIdx.x / L, token = row / a.heads, head = row % a.heads;
   const int c = threadIdx.x % L * kPerLane;
   const int64_t slot = row < a.rows ? a.slots[token] : -1;
   const bool active = slot >= 0;
@@ -52,9 +50,9 @@ void read_kv(const ReadKvParams& p, const CudaExec& exec) {
                   static_cast<uint32_t>(rows),
                   static_cast<uint32_t>(p.Hkv)};
   with_row_lanes(p.D, [&](auto L) {
-    constexpr int per_block = kThreads / static_cast<int>(L);
+    constexpr int per_block = kCodecThreads / static_cast<int>(L);
     const auto blocks = static_cast<unsigned>((rows + per_block - 1) / per_block);
-    launch(read_kv_kernel<L.value>, dim3(blocks, 2), dim3(kThreads), 0, exec.stream, args);
+    launch(read_kv_kernel<L.value>, dim3(blocks, 2), dim3(kCodecThreads), 0, exec.stream, args);
   });
 }
 

@@ -142,6 +142,14 @@ __device__ __forceinline__ void store8(DType type, const float (&x)[8], bool vec
 
 // ---- across lanes
 
+// The stage of H whose pairs are h lanes apart.
+template <typename Real>
+__device__ __forceinline__ void hadamard_stage(Real (&x)[8], int h) {
+  const Real sign = threadIdx.x & h ? Real(-1) : Real(1);  // the upper lane of a pair keeps a - b
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = sign * x[i] + __shfl_xor_sync(kWholeWarp, x[i], h);  // exact, fused or not
+}
+
 // H_n within every n channels, n a power of two up to 256. Stages from stride 1 upwards, as core/fwht.h has it: the
 // same additions, hence the same bits. A warp calls it together.
 template <typename Real>
@@ -159,22 +167,20 @@ __device__ __forceinline__ void hadamard(Real (&x)[8], int n) {
     }
 #pragma unroll
   for (int h = 1; h < 32; h *= 2)
-    if (kPerLane * h < n) {
-      const Real sign = threadIdx.x & h ? Real(-1) : Real(1);  // the upper lane of a pair keeps a - b
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = sign * x[i] + __shfl_xor_sync(kWholeWarp, x[i], h);  // exact, fused or not
-    }
+    if (kPerLane * h < n) hadamard_stage(x, h);
 }
 
-// fold_sum of core/fwht.h over the 8 G numbers of G = 8 or 16 neighbouring lanes; x is overwritten, all G lanes get the
+// fold_sum of core/fwht.h over the 8 G numbers of G = 4, 8 or 16 neighbouring lanes; x is overwritten, all G lanes get the
 // sum. Strides from half the row downwards, so lane bits come first. Of two lanes that add eight numbers to eight, each
 // takes four, then two, then one: 7 shuffles for 3 lane bits, not 24. Lanes G/2, G/4 and G/8 apart then hold what
 // registers 4, 2 and 1 apart held.
 template <int G>
 __device__ __forceinline__ float fold_sum(float (&x)[8]) {
-  static_assert(G == 8 || G == 16);
+  static_assert(G == 4 || G == 8 || G == 16);
+  constexpr int kept =
+      G == 4 ? 2 : 1;  // numbers of a lane, after as many exchanges as there are lane bits, up to three
 #pragma unroll
-  for (int n = 4, h = G / 2; n > 0; n /= 2, h /= 2) {
+  for (int n = 4, h = G / 2; n >= kept; n /= 2, h /= 2) {
     const bool upper = threadIdx.x & h;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -182,11 +188,13 @@ __device__ __forceinline__ float fold_sum(float (&x)[8]) {
       x[i] = keep + __shfl_xor_sync(kWholeWarp, give, h);
     }
   }
-  float sum = x[0];
-  if constexpr (G == 16) sum += __shfl_xor_sync(kWholeWarp, sum, 1);
+  if constexpr (G == 16) x[0] += __shfl_xor_sync(kWholeWarp, x[0], 1);
 #pragma unroll
-  for (int h = G / 2; h >= G / 8; h /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, h);
-  return sum;
+  for (int h = G / 2; h > 0 && h >= G / 8; h /= 2)
+#pragma unroll
+    for (int i = 0; i < kept; ++i) x[i] += __shfl_xor_sync(kWholeWarp, x[i], h);
+  if constexpr (G == 4) x[0] += x[1];
+  return x[0];
 }
 
 // op over the values of G neighbouring lanes, in an order that must not matter.

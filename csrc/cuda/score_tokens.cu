@@ -113,7 +113,7 @@ __global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_
     // Packed pages have multiples of 16 tokens: those of a step lie in one.
     switch_format(format, [&](auto fmt) {
       using Fmt = decltype(fmt);
-      if constexpr (Fmt::rotated) {
+      if constexpr (kScored<Fmt>) {
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile)
           keys.template load_codes<Fmt>(tile, a.page_size, {first.page, first.token + tile * kColumns});
@@ -139,13 +139,13 @@ __global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_
       float x[2][4] = {};
       switch_format(format, [&](auto fmt) {
         using Fmt = decltype(fmt);
-        constexpr int groups = Fmt::rotated ? Keys<MaxD>::kGroups : 1;
+        constexpr int groups = kScored<Fmt> ? Keys<MaxD>::kGroups : 1;
 #pragma unroll
         for (int group = 0; group < groups; ++group) {
           Sums sums[2];
-          if constexpr (Fmt::rotated)
+          if constexpr (kScored<Fmt>)
             keys.template multiply_codes<Fmt>(rotated, group, sums);
-          else if constexpr (Fmt::packed)
+          else if constexpr (std::is_same_v<Fmt, kivi2>)
             multiply_kivi2<MaxD>(plain, a.page_size, first, sums);
           else if (some_f16)
             keys.template multiply_rows<true>(plain, D, f16, sums);
@@ -155,8 +155,8 @@ __global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_
           for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const float scale = Fmt::rotated ? keys.scale(tile, i % 2, group) : 1.0f;
-              const float base = group > 0 ? x[tile][i] : Fmt::rotated ? bias[g + i / 2 * 8] : 0.0f;
+              const float scale = kScored<Fmt> ? keys.scale(tile, i % 2, group) : 1.0f;
+              const float base = group > 0 ? x[tile][i] : kScored<Fmt> ? bias[g + i / 2 * 8] : 0.0f;
               x[tile][i] = fmaf(scale, sums[tile].value(i), base);
             }
         }
@@ -262,6 +262,7 @@ void score_keys(Args& a, unsigned blocks, const CudaExec& exec) {
       a.rotated_digits = a.dtype == DType::f32 ? 3 : 2;
     else
       a.plain_digits = digits_of(a.dtype);
+    if (a.side[i].format >= Format::b1) fail("score_tokens: no CUDA kernel yet for this format");
     a.some_f16 |= a.side[i].format == Format::f16;
   }
   const int D = static_cast<int>(a.D);

@@ -6,8 +6,6 @@
 namespace kk::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
 struct Source {
   const uint8_t* x;
   int64_t token, head;  // strides in bytes
@@ -25,10 +23,10 @@ struct Args {
 // Two rows of D = 128 in a warp: 512 bytes of bf16 in, 68 of u2 out, and 490 instructions (counted, sm_90a). At 4 per
 // cycle these take three times as long as the bytes at an H100's 14.5 per cycle and SM. Bytes bound 16-bit pages.
 template <int L>
-__global__ __launch_bounds__(kThreads) void write_kv_kernel(__grid_constant__ const Args a) {
+__global__ __launch_bounds__(kCodecThreads) void write_kv_kernel(__grid_constant__ const Args a) {
   const Source& source = a.source[blockIdx.y];
   const PoolSide& side = a.side[blockIdx.y];
-  const uint32_t row = blockIdx.x * (kThreads / L) + threadIdx.x / L, token = row / a.heads, head = row % a.heads;
+  const uint32_t row = blockIdx.x * (kCodecThreads / L) + threadIdx.x / L, token = row / a.heads, head = row % a.heads;
   const int c = threadIdx.x % L * kPerLane;
   const int64_t slot = row < a.rows ? a.slots[token] : -1;
   const bool active = slot >= 0;
@@ -57,9 +55,9 @@ void write_kv(const WriteKvParams& p, const CudaExec& exec) {
                   static_cast<uint32_t>(rows),
                   static_cast<uint32_t>(p.Hkv)};
   with_row_lanes(p.D, [&](auto L) {
-    constexpr int per_block = kThreads / static_cast<int>(L);
+    constexpr int per_block = kCodecThreads / static_cast<int>(L);
     const auto blocks = static_cast<unsigned>((rows + per_block - 1) / per_block);
-    launch(write_kv_kernel<L.value>, dim3(blocks, 2), dim3(kThreads), 0, exec.stream, args);
+    launch(write_kv_kernel<L.value>, dim3(blocks, 2), dim3(kCodecThreads), 0, exec.stream, args);
   });
 }
 
