@@ -1,0 +1,301 @@
+"""Measurements on a real model with a packed cache: perplexity, agreement on generated tokens, retrieval.
+
+A chunk's first tokens are prefilled in 16 bits and their keys and values packed; the rest is teacher-forced in blocks:
+the newest block stays in 16 bits, everything older is read from the packed cache, four sinks in 16 bits apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kvkernels as kk
+from bench import corpus, real_model
+from bench.caches import BACKENDS, Cache, Model, Pages, PagesRead, Recoded, Rows, Transformers
+from bench.recipes import SIMULATED
+
+SINKS, PREFILL, FORCED, BLOCK = 4, 1024, 1024, 128
+CHUNK = SINKS + PREFILL + FORCED + 1  # the last token is only predicted
+CHUNKS_PER_TEXT = 12
+CALIBRATION_CHUNKS = 4
+GENERATED = 256
+PASSKEY_TOKENS, PASSKEYS = 4096, 12
+CONTEXT = 2048  # at which bits in all are given
+SLOW_ITEMS = 6  # of HQQ's cache, which takes minutes for one
+
+
+class Recipe(NamedTuple):
+    """A row of the table."""
+
+    format: str
+    calibrated: str = ""  # the basis of the keys: "text", on another text; "prompt", on the chunk's own first tokens
+    page_size: int = 64
+    read: bool = False  # through read_kv and torch's attention
+    backend: str = ""  # of transformers' QuantizedCache; format is then bits and axis
+
+    @property
+    def title(self) -> str:
+        notes = {"text": "", "prompt": ", calibrated on the prompt", "": ", not calibrated"}[self.calibrated]
+        if self.backend:
+            return f"transformers {self.backend}, {self.format}"
+        if self.format in SIMULATED:
+            return f"{self.format}, simulated"
+        if self == BASE:
+            return "16 bits, torch"
+        if not kk.format(self.format).rotated_k:
+            notes = f", pages of {self.page_size}" if kk.format(self.format).whole_pages else ""
+        return self.format + notes + (", read_kv and torch" if self.read else "")
+
+    @property
+    def principal(self) -> bool:
+        """Whether the slower measurements have it."""
+        if self.calibrated == "prompt" or self.read or self.backend == "hqq" or self.format in SIMULATED:
+            return False
+        return bool(self.calibrated or self.backend or not self.format or not kk.format(self.format).rotated_k)
+
+
+BASE = Recipe("")
+
+
+def recipes() -> list[Recipe]:
+    """All others are compared with the first."""
+    installed = [b for b, (_, needs) in BACKENDS.items() if importlib.util.find_spec(needs.split(".")[0])]
+    return [
+        BASE,
+        *(Recipe(name) for name in ("bf16", "f16")),
+        *(Recipe("kivi2", page_size=size) for size in (32, 64, 128)),
+        *(Recipe(name) for name in SIMULATED),
+        *(Recipe(name, "text") for name in ("u8", "u4", "u4/u2", "u3", "u3/u2", "u2")),
+        *(Recipe(name, "prompt") for name in ("u3/u2", "u2")),
+        *(Recipe(name) for name in ("u4", "u3/u2", "u2")),
+        Recipe("u2", "text", read=True),
+        *(Recipe(f"{bits} bits, axis {axis}", backend="quanto") for bits in (4, 2) for axis in (0, -1)
+          if "quanto" in installed),
+        *(Recipe(f"{bits} bits, axis 1", backend="hqq") for bits in (4, 2) if "hqq" in installed),
+    ]  # fmt: skip
+
+
+class Found(NamedTuple):
+    recipe: Recipe
+    bits: tuple[float, float, float]  # of K, of V, in all
+    values: list[float]  # per item that was measured
+    base: list[float]  # of the same items in 16 bits
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def worse(self) -> float:
+        """Relative increase of the perplexity, where values are log-likelihoods."""
+        return math.expm1(statistics.fmean(a - b for a, b in zip(self.values, self.base, strict=True)))
+
+    @property
+    def error(self) -> float:
+        """Standard error of `worse`, from the spread of the differences."""
+        differences = [a - b for a, b in zip(self.values, self.base, strict=True)]
+        return statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
+
+
+Transforms = Sequence[kk.KVTransform | None]
+
+
+def calibrate(texts: Sequence[list[Rows]]) -> list[kk.KVTransform]:
+    """Of each layer, from what texts left in 16 bits."""
+    return [
+        kk.calibrate_keys(torch.stack([rows.k for rows in layer]), torch.stack([rows.q for rows in layer]))
+        for layer in zip(*texts, strict=True)
+    ]
+
+
+class Bench:
+    def __init__(self, folder: str | None) -> None:
+        model, self.tokenizer = real_model.load(folder)
+        self.model = Model(model)
+        self._text: Transforms = ()
+
+    def chunks(self, count: int) -> list[tuple[str, Tensor]]:
+        """Names and token ids. The texts take turns, and neighbours in a text are far apart in the list."""
+        order = [5 * i % CHUNKS_PER_TEXT for i in range(CHUNKS_PER_TEXT)]
+        texts = [corpus.chunks(self.tokenizer, source, CHUNKS_PER_TEXT, CHUNK) for source in corpus.SOURCES]
+        named = [(f"{s.name} {i}", text[i]) for i in order for s, text in zip(corpus.SOURCES, texts, strict=True)]
+        return named[:count]
+
+    def transforms(self, recipe: Recipe, prompt: list[Rows]) -> Transforms:
+        if recipe.calibrated == "prompt":
+            return calibrate([prompt])
+        if recipe.calibrated == "text":
+            if not self._text:
+                texts = corpus.chunks(self.tokenizer, corpus.CALIBRATION, CALIBRATION_CHUNKS, CHUNK)
+                self._text = calibrate([self.model.prefill(ids)[0] for ids in texts])
+            return self._text
+        return [None] * len(prompt)
+
+    def caches(self, recipe: Recipe, prompt: list[Rows], max_tokens: int) -> list[Cache]:
+        """What a prompt left in 16 bits, as the recipe stores it."""
+        transforms = self.transforms(recipe, prompt)
+        return [self.cache(recipe, rows, t, max_tokens) for rows, t in zip(prompt, transforms, strict=True)]
+
+    def cache(self, recipe: Recipe, rows: Rows, transform: kk.KVTransform | None, max_tokens: int) -> Cache:
+        """Of one layer."""
+        if recipe == BASE:
+            return rows.copy()
+        if recipe.backend:
+            bits, axis = recipe.format.split(" bits, axis ")
+            return Transformers(rows.k, rows.v, recipe.backend, int(bits), int(axis), BLOCK)
+        sizes = recipe.page_size, SINKS, BLOCK, max_tokens
+        if recipe.format in SIMULATED:
+            sides = SIMULATED[recipe.format]
+            keys, values = (side.make(self.model.kv_heads, recipe.page_size, self.model.rope) for side in sides)
+            return Recoded(rows.k, rows.v, lambda k, v, position: (keys(k, position), values(v, position)), *sizes)
+        kind = PagesRead if recipe.read else Pages
+        return kind(rows.k, rows.v, recipe.format, *sizes, transform)
+
+    def forced(self, recipe: Recipe, ids: Tensor, prompt: list[Rows], begin: int) -> Tensor:
+        """Logits [N, vocabulary] of ids[begin:], when `prompt` holds the tokens before."""
+        with self.model.using(self.caches(recipe, prompt, len(ids))):
+            logits = [self.model.forward(ids[i : i + BLOCK], i) for i in range(begin, len(ids), BLOCK)]
+        return torch.cat(logits)
+
+    def bits(self, recipe: Recipe) -> tuple[float, float, float]:
+        """Per element of K, of V, and of both at CONTEXT tokens with sinks and padding. Transformers: of its prompt."""
+        dim = self.model.head_dim
+        if recipe == BASE:
+            return 16.0, 16.0, 16.0
+        if recipe.backend:
+            cache = self.cache(recipe, self.random_prompt(PREFILL), None, PREFILL)
+            assert isinstance(cache, Transformers)
+            return (cache.bits,) * 3
+        size, sink_share = recipe.page_size, SINKS / CONTEXT
+        if recipe.format in SIMULATED:
+            of_k, of_v = (side.bits(dim, size) for side in SIMULATED[recipe.format])
+            return of_k, of_v, 16 * sink_share + (of_k + of_v) / 2 * (1 - sink_share)
+        fmt = kk.format(recipe.format)
+        of_k = 8 * fmt.v_offset(size, dim) / (size * dim)
+        of_v = 8 * fmt.data_bytes(size, dim) / (size * dim) - of_k
+        return of_k, of_v, 16 * sink_share + fmt.bits_per_element(size, dim) * (1 - sink_share)
+
+    def random_prompt(self, tokens: int) -> Rows:
+        gen, rows = torch.Generator().manual_seed(0), Rows()
+        rows.q, rows.k, rows.v = (
+            torch.randn(tokens, heads, self.model.head_dim, generator=gen).bfloat16()
+            for heads in (self.model.heads, self.model.kv_heads, self.model.kv_heads)
+        )
+        return rows
+
+    def fingerprint(self, recipe: Recipe) -> str:
+        """Of the bits that the recipe's kernels give; of what others give, their versions."""
+        if recipe == BASE or recipe.backend:
+            import transformers
+
+            return f"torch {torch.__version__}, transformers {transformers.__version__}"
+        prompt = self.random_prompt(SINKS + 3 * BLOCK)
+        transform = calibrate([[prompt]])[0] if recipe.calibrated else None
+        cache = self.cache(recipe, prompt, transform, 4 * BLOCK)
+        out = cache.attend(*(x[:BLOCK] for x in (prompt.q, prompt.k, prompt.v)))
+        return hashlib.sha256(out.float().numpy().tobytes()).hexdigest()[:16]
+
+    def measure(self, what: Measurement, wanted: list[Recipe], count: int, kept: Path) -> list[Found]:
+        """All recipes item by item, so that a run that was cut off has pairs."""
+        store: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
+        done = {r: store.setdefault(f"{what.name} | {r.title} | {self.fingerprint(r)}", {}) for r in wanted}
+        items = what.items(self, count)
+        for i, (name, ids) in enumerate(items):
+            missing = [r for r in wanted if name not in done[r] and (r.backend != "hqq" or i < SLOW_ITEMS)]
+            if not missing:
+                continue
+            for recipe, value in what.run(self, ids, missing):
+                done[recipe][name] = value
+                print(f"{what.name}, {name:12} {recipe.title:45} {value:8.4f}", flush=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps(store, indent=1))
+            part.rename(kept)
+        found = []
+        for recipe in wanted:
+            names = [name for name, _ in items if name in done[recipe]]
+            values, base = ([done[r][name] for name in names] for r in (recipe, wanted[0]))
+            found.append(Found(recipe, self.bits(recipe), values, base))
+        return found
+
+
+Items = list[tuple[str, Tensor]]
+Values = Iterator[tuple[Recipe, float]]
+
+
+def likelihoods(bench: Bench, ids: Tensor, wanted: list[Recipe]) -> Values:
+    """Mean negative log-likelihood of a chunk's forced tokens."""
+    begin = SINKS + PREFILL
+    prompt, _ = bench.model.prefill(ids[:begin])
+    for recipe in wanted:
+        logits = bench.forced(recipe, ids[:-1], prompt, begin)
+        pairs = zip(logits.split(BLOCK), ids[begin + 1 :].split(BLOCK), strict=True)
+        total = sum(F.cross_entropy(some.float(), right, reduction="sum").item() for some, right in pairs)
+        yield recipe, total / FORCED
+
+
+def agreement(bench: Bench, ids: Tensor, wanted: list[Recipe]) -> Values:
+    """Share of the tokens generated with 16 bits that are also the likeliest with the recipe, given those before."""
+    begin = SINKS + PREFILL
+    prompt, logits = bench.model.prefill(ids[:begin])
+    new = [int(logits.argmax())]
+    with bench.model.using(bench.caches(BASE, prompt, CHUNK)):
+        while len(new) <= GENERATED:
+            logits = bench.model.forward(torch.tensor(new[-1:]), begin + len(new) - 1)
+            new.append(int(logits[-1].argmax()))
+    text = torch.cat([ids[:begin], torch.tensor(new)])
+    for recipe in wanted:
+        logits = bench.forced(recipe, text[:-1], prompt, begin)
+        yield recipe, (logits.argmax(-1) == text[begin + 1 :]).float().mean().item()
+
+
+def retrieval(bench: Bench, ids: Tensor, wanted: list[Recipe]) -> Values:
+    """Whether a number told in a long text is given back to the last digit: 1 or 0. ids: the text, then the number."""
+
+    def tokens(text: str) -> Tensor:
+        return torch.tensor(bench.tokenizer(text, add_special_tokens=False).input_ids)
+
+    text, (number, place) = ids[:-2], ids[-2:].tolist()
+    key = tokens(str(number))
+    told = torch.cat([tokens("\n\nThe pass key is "), key, tokens(". Remember it.\n\n")])
+    asked = tokens("\n\nWhat is the pass key? The pass key is ")
+    before = torch.cat([text[:place], told, text[place:]])
+    prompt, _ = bench.model.prefill(before)
+    whole = torch.cat([before, asked, key])
+    for recipe in wanted:
+        logits = bench.forced(recipe, whole[:-1], prompt, len(before))
+        yield recipe, float(torch.equal(logits[-len(key) :].argmax(-1), key))
+
+
+def passkeys(bench: Bench, count: int) -> Items:
+    """Texts, each with a number to be told and the place where, spread over the length of the text."""
+    gen = torch.Generator().manual_seed(0)
+    numbers = torch.randint(10_000, 100_000, (PASSKEYS,), generator=gen)
+    texts = corpus.chunks(bench.tokenizer, corpus.SOURCES[0], PASSKEYS, PASSKEY_TOKENS)
+    places = [int(PASSKEY_TOKENS * (i + 0.5) / PASSKEYS) for i in range(PASSKEYS)]
+    items = [
+        (f"at {place}", torch.cat([text, torch.tensor([int(number), place])]))
+        for text, number, place in zip(texts, numbers, places, strict=True)
+    ]
+    return items[:count]
+
+
+class Measurement(NamedTuple):
+    name: str
+    items: Callable[[Bench, int], Items]
+    run: Callable[[Bench, Tensor, list[Recipe]], Values]
+
+
+PERPLEXITY = Measurement("perplexity", Bench.chunks, likelihoods)
+GREEDY = Measurement("greedy", Bench.chunks, agreement)
+PASSKEY = Measurement("passkey", passkeys, retrieval)
