@@ -125,9 +125,8 @@ struct TokenPlace {
       // Channels 8 i ... 8 i + 7 begin in the middle of a byte and lie in two or three.
       const int first = group_lane() * kPerLane, skip = first % 5;
       const uint8_t* p = low + first / 5;
-      const uint32_t two = unpack_trits(p[0] | static_cast<uint32_t>(p[1]) << 16);
-      const uint32_t third = skip > 2 ? unpack_trits(p[2]) : 0;
-      return ((two & 0x3ffu) | two >> 6 | third << 20) >> (2 * skip);
+      const uint32_t third = skip > 2 ? p[2] : 0;
+      return unpack_trits(p[0] | static_cast<uint32_t>(p[1]) << 10 | third << 20) >> (2 * skip);
     } else {
       return *low_word();
     }

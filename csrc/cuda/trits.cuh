@@ -5,15 +5,14 @@
 
 namespace kk::cuda {
 
-// A byte in each half of a word -> its five codes, in the low ten bits of the half. What a tripled byte has above its eight
-// bits is the next trit.
+// Three bytes, ten bits apart -> their 15 codes. What a tripled byte has above its eight bits is the next trit.
 __device__ __forceinline__ uint32_t unpack_trits(uint32_t bytes) {
   uint32_t codes = 0;
 #pragma unroll
   for (int i = 0; i < 5; ++i) {
     bytes *= 3;
-    codes |= (bytes >> 8 & 0x00030003u) << (2 * i);
-    bytes &= 0x00ff00ffu;
+    codes |= (bytes >> 8 & 0x00300c03u) << (2 * i);
+    bytes &= 0x0ff3fcffu;
   }
   return codes;
 }
