@@ -40,6 +40,7 @@ class LayerPages:
         self.dtype = dtype
         pools = tuple(zero_pool((0, num_kv_heads, fmt.page_bytes(page_size, head_dim)), device) for fmt in formats)
         self.kv = PagedKV(pools, formats, page_size, transform)
+        self._num_pages = (0,) * len(pools)
 
     @property
     def packs(self) -> bool:
@@ -53,8 +54,10 @@ class LayerPages:
     def append(self, k: Tensor, v: Tensor, step: Append) -> None:
         """What `step` asks for; k, v [B, T, Hkv, D] are the new tokens."""
         self.reserve(step.num_pages)
-        k, v = (x.to(self.dtype) for x in (k, v))
-        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        if k.dtype != self.dtype or v.dtype != self.dtype:
+            k, v = k.to(self.dtype), v.to(self.dtype)
+        if k.stride(-1) != 1 or v.stride(-1) != 1:
+            k, v = k.contiguous(), v.contiguous()
         if step.leaving is not None:
             pack_pages(self.kv, WINDOW, PACKED, step.leaving)
         for row, tokens, pairs in step.whole:
@@ -66,12 +69,15 @@ class LayerPages:
             old, new = step.copied
             self._data[WINDOW][new] = self._data[WINDOW][old]
         if step.slots is not None:
-            k, v = (x.flatten(0, 1) if step.tokens is None else x[step.tokens] for x in (k, v))
+            if step.tokens is None:
+                k, v = k.flatten(0, 1), v.flatten(0, 1)
+            else:
+                k, v = k[step.tokens], v[step.tokens]
             write_kv(k, v, self.kv, WINDOW, step.slots)
         if step.left is not None:
             pack_pages(self.kv, WINDOW, PACKED, step.left)
 
-    def unpack(self, num_pages: Sequence[int], pairs: Tensor | None) -> None:
+    def unpack(self, num_pages: tuple[int, ...], pairs: Tensor | None) -> None:
         """What `Paging.crop` asks for."""
         self.reserve(num_pages)
         if pairs is not None:
@@ -87,10 +93,11 @@ class LayerPages:
         shape = slots[WINDOW].shape
         return k.unflatten(0, shape), v.unflatten(0, shape)
 
-    def reserve(self, num_pages: Sequence[int]) -> None:
+    def reserve(self, num_pages: tuple[int, ...]) -> None:
         """Have so many pages in each pool, at least."""
-        if any(n > len(data) for data, n in zip(self._data, num_pages)):
+        if num_pages != self._num_pages:
             self._grow(num_pages)
+            self._num_pages = num_pages
 
     @property
     def _data(self) -> tuple[Tensor, ...]:

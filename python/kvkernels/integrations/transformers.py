@@ -15,9 +15,12 @@ is not attached works with a KVCache too, but decodes all of it at every step, a
 Tested with transformers 5.23.
 """
 
+import copy
+import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -111,6 +114,20 @@ class KVCache(Cache):
 
         self.pages = ModelPages(layer, page_size, sink_tokens, recent_tokens, dtype)
         self._warned = False
+        self._register()
+
+    def _register(self) -> None:
+        number = next(_numbers)
+        self.number = torch.tensor(number)
+        _caches[number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        """A cache of the same text, say of a prompt that several continuations share."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied._register()
+        return copied
 
     @property
     def transforms(self) -> list[KVTransform | None]:
@@ -147,8 +164,11 @@ class KVCache(Cache):
         because attention knows which of them are padding."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError("KVCache: keys require grad, but a cache has no backward; use torch.no_grad()")
-        new = _New(self, self.pages.layer(layer_idx), key_states, value_states)
-        return new.handles()
+        if torch.compiler.is_compiling():
+            _traced.put(self, layer_idx, key_states, value_states)
+            # Of no use to attention that was not switched, which then cannot be traced.
+            return key_states[..., :0], value_states[..., :0]
+        return _New(self, self.pages.layer(layer_idx), key_states, value_states).handles()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of a sequence, padding included."""
@@ -282,33 +302,53 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention function "kvkernels" of transformers' AttentionInterface. query [B, Hq, T, D], key and value what
     update() returned, attention_mask as of `sdpa_mask`: bool [B or 1, 1, T, columns] or None. Returns [B, T, Hq, D]."""
-    if type(key) is not _Handle:
+    traced = _traced.take() if torch.compiler.is_compiling() else None
+    if traced is None and type(key) is not _Handle:
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, kwargs)
     if dropout or kwargs.get("position_bias") is not None or kwargs.get("is_causal") is False:
         raise ValueError("KVCache: attention with dropout, position_bias or is_causal=False is not supported")
-    new = key.source
+    if traced is not None:
+        cache, layer, k, v = traced
+        out = _compiled(cache.number, layer, query, k, v, attention_mask, scaling, sliding_window, softcap, s_aux)
+    else:
+        assert isinstance(key, _Handle)
+        out = _attend(key.source, query, attention_mask, scaling, sliding_window, softcap, s_aux)
+    return out, None
+
+
+def _attend(
+    new: _New,
+    query: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """New tokens into the cache, then attention over all that it holds."""
     pages = new.cache.pages
     if not new.appended:
         tokens = None
-        if attention_mask is not None and new.start == pages.columns:  # the first layer of the step
-            tokens = _tokens(attention_mask, new.k, pages.columns)
-        new.append(query, tokens, query.shape[2] <= MAX_QUERIES, sliding_window)
+        if mask is not None and new.start == pages.columns:  # the first layer of the step
+            tokens = _tokens(mask, new.k, pages.columns)
+        new.append(query, tokens, query.shape[2] <= MAX_QUERIES, window)
     if new.all is not None:
-        return _sdpa(module, query, *new.all, attention_mask, dropout, scaling, softcap, s_aux, kwargs)
+        heads = _Heads(query.shape[1] // new.k.shape[1])
+        return _sdpa(heads, query, *new.all, mask, 0.0, scaling, softcap, s_aux, {})[0]
     group, layer_pages = new.layer.group, new.layer.pages
     assert layer_pages is not None
-    if attention_mask is not None and sliding_window is None and not group.checked:
-        _check_mask(attention_mask, group.step, group.paging.seq_lens)
+    if mask is not None and window is None and not group.checked:
+        _check_mask(mask, group.step, group.paging.seq_lens)
         group.checked = True
     q = query.transpose(1, 2)
     if q.is_cuda and q.dtype == torch.float32:  # whose kernels take 16-bit queries
         q = q.to(layer_pages.dtype)
     out = quant_attention(
         q, layer_pages.kv, group.paging.page_table, group.paging.seq_lens, scale=scaling,
-        window=(-1, -1) if sliding_window is None else (sliding_window - 1, 0), softcap=softcap or 0.0,
+        window=(-1, -1) if window is None else (window - 1, 0), softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.detach().float(),
     )  # fmt: skip
-    return out.to(query.dtype), None
+    return out.to(query.dtype)
 
 
 def _tokens(mask: Tensor, k: Tensor, columns: int) -> Tensor:
@@ -334,8 +374,15 @@ def _check_mask(mask: Tensor, step: Step, seq_lens: Tensor) -> None:
         )
 
 
+class _Heads(NamedTuple):
+    """What `sdpa_attention_forward` asks of an attention module."""
+
+    num_key_value_groups: int
+    is_causal: bool = True
+
+
 def _sdpa(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -370,6 +417,66 @@ def _sdpa(
         weights = torch.nn.functional.dropout(scores.softmax(-1)[..., :columns].to(v.dtype), dropout)
         outs.append(weights @ v)
     return torch.cat(outs, -2).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+# Under torch.compile all of the above is one opaque op per layer, which finds the cache by its number.
+
+_caches: "weakref.WeakValueDictionary[int, KVCache]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class _Traced:
+    """From update() to attention while a compiler traces both."""
+
+    def __init__(self) -> None:
+        self.new: tuple[KVCache, int, Tensor, Tensor] | None = None
+
+    def put(self, cache: KVCache, layer: int, k: Tensor, v: Tensor) -> None:
+        self.new = cache, layer, k, v
+
+    def take(self) -> tuple[KVCache, int, Tensor, Tensor] | None:
+        new, self.new = self.new, None
+        return new
+
+
+_traced = _Traced()
+
+
+@torch.library.custom_op(
+    "kvkernels::transformers_attention", mutates_args=("number",), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _compiled(
+    number: Tensor,
+    layer: int,
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """number: int64 [] on the CPU. Declared as changed, because the cache is: compilers keep the order of calls."""
+    cache = _caches[int(number)]
+    new = _New(cache, cache.pages.layer(layer), k, v)
+    return _attend(new, query, mask, scaling, window, softcap, s_aux).contiguous()
+
+
+@_compiled.register_fake
+def _(
+    number: Tensor,
+    layer: int,
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], v.shape[3])
 
 
 AttentionInterface.register(NAME, attention)
