@@ -13,7 +13,7 @@ KK_BEGIN
 
 class Ahead {
  public:
-  static constexpr int kMaxRanges = 6 * kChunk;  // of single tokens: K and V of u3 lie in three places each
+  static constexpr int kMaxRanges = 8 * kChunk;  // of single tokens: K of m31 lies in five places, V of u3 in three
 
   void clear() { lines_ = num_ = now_ = num_fours_ = now_four_ = streams_ = 0; }
   void add(const uint8_t* x, int64_t bytes) {

@@ -72,22 +72,21 @@ struct Job {
   int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
 };
 
-template <typename TaskType>
 void run_tasks(Job& job, int thread) {
   const AttentionParams& p = job.p;
   const Schedule& schedule = job.schedule;
   Arena arena = schedule.scratch(thread);
-  TaskType* const tasks = arena.take<TaskType>(schedule.max_heads());
+  Task* const tasks = arena.take<Task>(schedule.max_heads());
   for (int64_t j = 0; j < schedule.max_heads(); ++j)
-    new (&tasks[j]) TaskType(p, arena, schedule.max_rows(), j ? tasks : nullptr);
+    new (&tasks[j]) Task(p, arena, schedule.max_rows(), j ? tasks : nullptr);
   for (int64_t i = job.take(); i < schedule.tasks(); i = job.take()) {
     const Schedule::Work work = schedule.task(i);
     Block block = work.block;
     for (int j = 0; j < work.heads; ++j, ++block.g) tasks[j].begin(block);
-    TaskType::run(tasks, work.heads, work.from, work.to);
+    Task::run(tasks, work.heads, work.from, work.to);
     const int rows = work.block.rows;
     for (int j = 0; j < work.heads; ++j) {
-      const TaskType& task = tasks[j];
+      const Task& task = tasks[j];
       if (work.partial) {
         float *sums = work.partial + j * work.next_head, *top = sums + work.block_rows * p.Dv;
         memcpy(sums, task.out_rows, sizeof(float) * rows * p.Dv);
@@ -170,13 +169,7 @@ void attention_cpu(const AttentionParams& p, const CpuExec& exec) {
   Arena arena{static_cast<uint8_t*>(p.workspace)};
   const Schedule schedule(p, exec, arena);
   Job job{p, schedule, 0};
-  exec.run(
-      schedule.threads(),
-      [](void* arg, int thread) {
-        Job& j = *static_cast<Job*>(arg);
-        with_task(j.p, [&](auto task) { run_tasks<typename decltype(task)::type>(j, thread); });
-      },
-      &job);
+  exec.run(schedule.threads(), [](void* arg, int thread) { run_tasks(*static_cast<Job*>(arg), thread); }, &job);
   if (!schedule.merges()) return;
   job.next = 0;
   exec.run(schedule.threads(), [](void* arg, int) { run_merges(*static_cast<Job*>(arg)); }, &job);

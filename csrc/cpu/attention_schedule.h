@@ -90,7 +90,7 @@ class Schedule {
     if (rank_)
       for (int64_t i = 0; i < p.B; ++i) rank_[p.plan.order[i]] = static_cast<int32_t>(i);
     if (threads_ > tasks_) threads_ = tasks_ > 1 ? static_cast<int>(tasks_) : 1;
-    with_task(p, [&](auto task) { scratch_bytes_ = decltype(task)::type::scratch_bytes(p, max_rows_, max_heads_); });
+    scratch_bytes_ = Task::scratch_bytes(p, max_rows_, max_heads_);
     partials_ = arena.take<float>(partial_floats);
     scratch_ = arena.take<uint8_t>(threads_ * scratch_bytes_);
     merges_ = partial_floats > 0 || p.plan.nodes;

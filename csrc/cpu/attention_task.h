@@ -2,71 +2,39 @@
 //
 // Per chunk of 64 or 128 tokens: scores S [rows][chunk] -> online softmax P -> sums over V. How the two sides of a format
 // are read:
-//   bf16 f16 u8            as fp32 rows (rows.h)
-//   u4 u3 u2               as byte codes against integer digits of q and of p * scale (codes.h), 4 products an instruction
-//   kivi2                  as fp32 rows, the channels' scales and zero points multiplied into q once per page
-//   u4 u3 u2 without AVX2  decoded to fp32 rows first
-// Rotated formats see q' = H diag(1/t) q and give their sums in the rotated basis; every pool has its own sums, and they
-// are brought to the plain basis once, at the end of the task.
+//   bf16 f16 u8                as fp32 rows (rows.h)
+//   packed, 4 bits and less    as byte codes against integer digits of q and of p * scale (codes.h), 4 products an instruction
+//   kivi2                      as fp32 rows, the channels' scales and zero points multiplied into q once per page
+//   4 bits, less without AVX2  decoded to fp32 rows first
+// Rotated formats see q' = H diag(1/t) q, those of two parts H_{D/2} (diag(1/t) q)[order], and give their sums in the rotated
+// basis; every pool has its own sums, and they are brought to the plain basis once, at the end of the task.
 #pragma once
 #include "cpu/ahead.h"
 #include "cpu/arena.h"
 #include "cpu/codec.h"
 #include "cpu/codes.h"
 #include "cpu/entry.h"
+#include "cpu/row_vectors.h"
 #include "cpu/rows.h"
 #include "cpu/selected.h"
 
 KK_BEGIN
 
-template <typename A, typename B>
-constexpr bool same = false;
-template <typename A>
-constexpr bool same<A, A> = true;
-
-constexpr int kMaxRows = 64;  // query rows of a task; where there are more, the pages are read again
-
-template <int64_t D>
+template <int64_t N>
 void rotate_row(float* x) {
-  constexpr int N = D / F::W;
-  F v[N];
-  each<N / 2>([&](auto i) {
+  constexpr int V = N / F::W;
+  F v[V];
+  each<V / 2>([&](auto i) {
     load_split<DType::f32>(reinterpret_cast<const uint8_t*>(x + 2 * F::W * i), v[2 * i], v[2 * i + 1]);
   });
-  fwht_split<N>(v);
-  each<N>([&](auto i) { (v[i] * F::fill(fwht_scale(D))).store(x + F::W * i); });
+  fwht_split<V>(v);
+  each<V>([&](auto i) { (v[i] * F::fill(fwht_scale(N))).store(x + F::W * i); });
 }
-
-// One token of u4, u3 or u2 in fp32, still rotated.
-template <typename Fmt, int64_t D>
-void decode_rotated(const uint8_t* side, int64_t token, int64_t page_size, float* x) {
-  constexpr int N = D / F::W;
-  F c[N];
-  const uint8_t* low = side + token * (D * Fmt::Grid::low_bits / 8);
-  const uint8_t* high = side + Fmt::plane1_offset(page_size, D) + token * (D / 8);
-  const uint8_t* scale = side + Fmt::scales_offset(page_size, D) + token * Fmt::groups(D) * 2;
-  for (int i = 0; i < N; i += 4)
-    unpack_codes<Fmt::bits>(low + i / 4 * (F::W / 2) * Fmt::Grid::low_bits, high + i / 4 * (F::W / 2), c + i);
-  for (int i = 0; i < N; ++i) {
-    const F s = F::fill(half_value(load_u16(scale + i * F::W / kScaleGroup * 2)));
-    (s * (c[i] - F::fill(Fmt::Grid::offset))).store(x + i * F::W);
-  }
-}
-
-// Rotated formats whose codes this file reads.
-template <typename Fmt>
-constexpr bool reads_codes() {
-  if constexpr (Fmt::rotated)
-    if constexpr (Fmt::parts == 1) return Fmt::bits >= 2 && sizeof(typename Fmt::Scale::Bits) == 2;
-  return false;
-}
-// 16-bit rows, kivi2 and those.
-template <typename Fmt>
-constexpr bool readable() {
-  if constexpr (!Fmt::packed)
-    return true;
-  else
-    return !Fmt::rotated || reads_codes<Fmt>();
+// H x for every row; rows of n.
+inline void rotate_rows(float* x, int64_t n, int64_t rows) {
+  one_of<32, 64, 128, 256>("attention: channels of a rotation", n, [&](auto N) {
+    for (int64_t r = 0; r < rows; ++r) rotate_row<decltype(N)::value>(x + r * n);
+  });
 }
 
 inline bool is_packed(Format f) {
@@ -75,40 +43,6 @@ inline bool is_packed(Format f) {
   return r;
 }
 inline bool packed(const Pool& pool) { return is_packed(pool.k_format) || is_packed(pool.v_format); }  // on either side
-
-// Tokens that lie together in one page.
-struct Piece {
-  const uint8_t* k;  // K side of the page and head (packed) or its first row (16-bit caches: rows k_token apart)
-  const uint8_t* v;
-  int64_t token;  // first token within the page
-  int64_t start;  // its position in the sequence
-  int n, col;     // tokens, and the first one's column in the chunk
-};
-struct Chunk {
-  const Pool* pool;
-  int pool_index;
-  int64_t start, end;  // positions of the first token and behind the last one; only of a selection more than n apart
-  int skip;            // columns that do not count: a window may begin inside a tile
-  int n, pieces;
-  Piece piece[kChunk];
-
-  bool one_run() const { return end - start == n; }
-  // Columns of tokens before a position.
-  int64_t column(int64_t position) const {
-    if (position <= start) return 0;
-    if (position >= end) return n;
-    if (one_run()) return position - start;
-    int lo = 0, hi = pieces - 1;  // the first piece that ends behind the position
-    while (lo < hi) {
-      const int mid = (lo + hi) / 2;
-      if (piece[mid].start + piece[mid].n <= position)
-        lo = mid + 1;
-      else
-        hi = mid;
-    }
-    return piece[lo].col + (position > piece[lo].start ? position - piece[lo].start : 0);
-  }
-};
 
 // The rows of a task: some of those of group g that read the pages of sequence b.
 struct Block {
@@ -119,13 +53,10 @@ struct Block {
   int rows;
 };
 
-template <int64_t D, int64_t DV, int DIGITS>
 struct Task {
-  static constexpr int64_t kGroup = D < kScaleGroup ? D : kScaleGroup;  // channels per scale
-  static constexpr int64_t kGroups = D / kGroup;
-  static constexpr bool kPackedDim = D == DV && (D == 64 || D == 128 || D == 256);
-
   const AttentionParams& p;
+  const int64_t D, DV;
+  const int digits;  // of q, and of weights: 15 bits, or 22 for fp32 queries
   int rows;
   int64_t k_head, v_head;
   const int32_t* table;  // pages
@@ -133,20 +64,26 @@ struct Task {
   Visible visible;
   Unmasked unmasked;
   QueryRow* query;
-  float *q, *q_rot, *q_mu, *s, *p_top, *m, *l, *out_rows, *decoded;
+  float *q, *q_mu, *s, *p_top, *m, *l, *out_rows, *decoded;
+  struct Basis {  // of formats of 1 or 2 parts
+    float* q;     // [rows][D] q'; null: no pool has such keys
+    bool ready;
+  } basis[2];
   uint16_t* q_bf16;  // the queries as they came, where the processor can multiply them so; else null
   uint8_t* codes;
   uint8_t* gathered;  // one side of a page of kChunk tokens, where a selection is of single tokens and pages are packed
   struct PoolState {
-    float* acc;      // [rows][lanes] sums over V, in the order and basis the pool's format leaves them in
-    int32_t* words;  // digits of q_rot in the order of the pool's K codes
-    float* step;     // [rows] value of the last digit
-    float* offset;   // [rows][kGroups][DIGITS] offset * sum of digits
+    PackedSide k, v;
+    float* acc;  // [rows][lanes] sums over V, in the order and basis the pool's format leaves them in
     int64_t lanes;
-    bool acc_used, words_ready;
+    bool acc_used;
+#if defined(__AVX2__)
+    CodeQueries queries[2];  // of the parts of K
+    bool queries_ready;
+#endif
   } state[kMaxPools];
   Ahead ahead;
-  bool rot_ready = false;
+  bool mu_ready = false;
   int score_share = kAheadScores;  // sixteenths of the lines ahead that are asked for while scores are made
 
   // What `heads` tasks need that take turns.
@@ -159,51 +96,49 @@ struct Task {
   }
 
   // Buffers that hold nothing between two chunks are those of `other`, if there is one.
-  Task(const AttentionParams& params, Arena& a, int64_t rows, const Task* other) : p(params) {
-    query = a.take<QueryRow>(rows);
-    q = a.take<float>(rows * D);
-    out_rows = a.take<float>(rows * DV);
-    q_bf16 = p.dtype == DType::bf16 && cpu::has_avx512bf16() ? a.take<uint16_t>(rows * D) : nullptr;
-    s = other ? other->s : a.take<float>(rows * kChunk);
-    q_mu = a.take<float>(rows);
-    p_top = a.take<float>(rows);
-    m = a.take<float>(rows);
-    l = a.take<float>(rows);
-    bool any_packed = false;
-    for (int i = 0; i < p.num_pools; ++i) any_packed |= packed(p.pools[i]);
-    q_rot = any_packed ? a.take<float>(rows * D) : nullptr;
-    decoded = other ? other->decoded : any_packed ? a.take<float>(kChunk * D) : nullptr;
-    codes = other ? other->codes : any_packed ? a.take<uint8_t>(kChunk * 2 * D) : nullptr;
-    const bool gathers = any_packed && p.selection.index && p.selection.tokens == 1;
-    gathered = other ? other->gathered : gathers ? a.take<uint8_t>(kChunk * (D + 2 * kGroups)) : nullptr;
+  Task(const AttentionParams& params, Arena& a, int64_t max_rows, const Task* other)
+      : p(params), D(p.D), DV(p.Dv), digits(p.dtype == DType::f32 ? 3 : 2) {
+    query = a.take<QueryRow>(max_rows);
+    q = a.take<float>(max_rows * D);
+    out_rows = a.take<float>(max_rows * DV);
+    q_bf16 = p.dtype == DType::bf16 && cpu::has_avx512bf16() ? a.take<uint16_t>(max_rows * D) : nullptr;
+    s = other ? other->s : a.take<float>(max_rows * kChunk);
+    q_mu = a.take<float>(max_rows);
+    p_top = a.take<float>(max_rows);
+    m = a.take<float>(max_rows);
+    l = a.take<float>(max_rows);
+    bool any_packed = false, parts[2] = {};
+    int64_t side_row = 0;  // of packed tokens
     for (int i = 0; i < p.num_pools; ++i) {
       PoolState& st = state[i];
-      const bool pk = packed(p.pools[i]);
-      st.lanes = pk ? 2 * D : DV;  // u3 sums its two planes apart
-      st.acc = a.take<float>(rows * st.lanes);
-      st.words = pk ? a.take<int32_t>(rows * DIGITS * D / 2) : nullptr;
-      st.step = pk ? a.take<float>(rows) : nullptr;
-      st.offset = pk ? a.take<float>(rows * kGroups * DIGITS) : nullptr;
+      any_packed |= packed(p.pools[i]);
+      st.k = packed_side(p.pools[i].k_format, p.page_size, D);
+      st.v = packed_side(p.pools[i].v_format, p.page_size, D);
+      if (st.k.parts) parts[st.k.parts - 1] = true;
+      const int64_t k = st.k.token_bytes(), v = st.v.token_bytes();
+      side_row = k > side_row ? k : side_row;
+      side_row = v > side_row ? v : side_row;
+    }
+    for (int i = 0; i < 2; ++i) basis[i].q = parts[i] ? a.take<float>(max_rows * D) : nullptr;
+    decoded = other ? other->decoded : any_packed ? a.take<float>(kChunk * D) : nullptr;
+    codes = other ? other->codes : any_packed ? a.take<uint8_t>(kChunk * 2 * D + kCodesPad) : nullptr;
+    const bool gathers = side_row > 0 && p.selection.index && p.selection.tokens == 1;
+    gathered = other ? other->gathered : gathers ? a.take<uint8_t>(kChunk * side_row + kTile) : nullptr;
+    for (int i = 0; i < p.num_pools; ++i) {
+      PoolState& st = state[i];
+      st.lanes = packed(p.pools[i]) ? 2 * D : DV;  // 3 bits sum their two planes apart
+      st.acc = a.take<float>(max_rows * st.lanes);
+#if defined(__AVX2__)
+      for (int j = 0; j < st.k.parts; ++j) {
+        const CodePart& part = st.k.part[j];
+        const int64_t n = max_rows * digits * part.groups();
+        st.queries[j] = {a.take<int32_t>(n * kQuads), a.take<float>(max_rows), a.take<float>(n)};
+      }
+#endif
     }
   }
 
-#if defined(__AVX2__)
-  template <typename Fmt>
-  static constexpr bool uses_codes = [] {
-    if constexpr (reads_codes<Fmt>()) return Fmt::bits <= 4;
-    return false;
-  }();
-#else
-  template <typename Fmt>
-  static constexpr bool uses_codes = false;
-#endif
-
-  static bool read_as_codes(const Pool& pool) {
-    bool k = false, v = false;
-    with_format(pool.k_format, [&](auto fmt) { k = uses_codes<decltype(fmt)>; });
-    with_format(pool.v_format, [&](auto fmt) { v = uses_codes<decltype(fmt)>; });
-    return k && v;
-  }
+  bool read_as_codes(int pool) const { return state[pool].k.as_codes() && state[pool].v.as_codes(); }
 
   // ---- queries
 
@@ -218,8 +153,13 @@ struct Task {
     runs = selected_runs(p, b, block.g);
     visible = block.visible;
     unmasked = {};
-    rot_ready = false;
-    for (int i = 0; i < p.num_pools; ++i) state[i].acc_used = state[i].words_ready = false;
+    mu_ready = basis[0].ready = basis[1].ready = false;
+    for (int i = 0; i < p.num_pools; ++i) {
+      state[i].acc_used = false;
+#if defined(__AVX2__)
+      state[i].queries_ready = false;
+#endif
+    }
     const F scale = F::fill(p.scale);
     const int64_t token = block.first / heads.n;
     int64_t head = block.first % heads.n, t = token % p.Tq, seq = token / p.Tq;
@@ -238,72 +178,83 @@ struct Task {
     }
   }
 
-  // q' = H diag(1/t) q, and q.mu, which centring took from every score.
-  void rotate_q() {
-    if (rot_ready) return;
-    rot_ready = true;
-    if constexpr (kPackedDim) {
-      const float* mu = p.transform.centre ? p.transform.centre + k_head * D : nullptr;
-      const float* t = p.transform.balance ? p.transform.balance + k_head * D : nullptr;
-      for (int r = 0; r < rows; ++r) {
-        F dot = F::zero();
-        for (int64_t i = 0; i < D; i += F::W) {
-          const F x = F::load(q + r * D + i);
-          if (mu) dot = fma(x, F::load(mu + i), dot);
-          (t ? x / F::load(t + i) : x).store(q_rot + r * D + i);
-        }
-        q_mu[r] = dot.fold_sum();
-        rotate_row<D>(q_rot + r * D);
+  // q' of formats of so many parts.
+  const float* rotated_q(int parts) {
+    Basis& b = basis[parts - 1];
+    if (b.ready) return b.q;
+    b.ready = true;
+    const float* t = p.transform.balance ? p.transform.balance + k_head * D : nullptr;
+    const int32_t* order = parts == 2 && p.transform.order ? p.transform.order + k_head * D : nullptr;
+    for (int r = 0; r < rows; ++r) {
+      const float* x = q + r * D;
+      float* y = b.q + r * D;
+      float balanced[256];
+      float* z = order ? balanced : y;
+      for (int64_t i = 0; i < D; i += F::W) {
+        const F v = F::load(x + i);
+        (t ? v / F::load(t + i) : v).store(z + i);
       }
+      if (order)
+        for (int64_t i = 0; i < D; ++i) y[i] = z[order[i]];
     }
+    rotate_rows(b.q, D / parts, rows * parts);
+    return b.q;
+  }
+
+  // q.mu [rows], which centring took from every score.
+  const float* add_back() {
+    if (mu_ready) return q_mu;
+    mu_ready = true;
+    const float* mu = p.transform.centre ? p.transform.centre + k_head * D : nullptr;
+    for (int r = 0; r < rows; ++r) {
+      F dot = F::zero();
+      for (int64_t i = 0; mu && i < D; i += F::W) dot = fma(F::load(q + r * D + i), F::load(mu + i), dot);
+      q_mu[r] = dot.fold_sum();
+    }
+    return q_mu;
   }
 
   // ---- scores
 
   void scores(const Chunk& c) {
-    with_format(c.pool->k_format, [&](auto fmt) {
-      using Fmt = decltype(fmt);
-      if constexpr (!Fmt::packed) {
-        const uint8_t* row[kRowChunk];
-        row_pointers(c, c.pool->k_token, true, row);
+    const Format format = c.pool->k_format;
+    const PackedSide& side = state[c.pool_index].k;
+    if (side.parts) return gathered ? gathered_side<Side::K>(c) : packed_scores(c, side);
+    if (format == Format::kivi2) return kivi2_scores(c);
+    const uint8_t* row[kRowChunk];
+    row_pointers(c, Side::K, 0, c.pool->k_token, row);
+    if (format == Format::f16) return row_scores(LoadF16{row}, D, c.n, q, D, rows, s, ahead, score_share);
 #if defined(__AVX512F__)
-        if (same<Fmt, bf16> && q_bf16)
-          return bf16_scores<D>(LoadBf16{row}, c.n, q_bf16, p.scale, rows, s, ahead, score_share);
+    if (q_bf16) return bf16_scores(LoadBf16{row}, D, c.n, q_bf16, p.scale, rows, s, ahead, score_share);
 #endif
-        if constexpr (same<Fmt, bf16>)
-          row_scores<D>(LoadBf16{row}, c.n, q, D, rows, s, ahead, score_share);
-        else
-          row_scores<D>(LoadF16{row}, c.n, q, D, rows, s, ahead, score_share);
-      } else if constexpr (!readable<Fmt>()) {
-        fail("attention: this format is not read on the CPU yet");
-      } else if constexpr (kPackedDim) {
-        gathered ? gathered_side<Fmt, Side::K>(c) : packed_scores<Fmt>(c);
-      }
-    });
+    row_scores(LoadBf16{row}, D, c.n, q, D, rows, s, ahead, score_share);
   }
 
-  template <typename Fmt>
-  void packed_scores(const Chunk& c) {
-    if constexpr (Fmt::rotated) rotate_q();
+  void packed_scores(const Chunk& c, const PackedSide& side) {
+    const float* x = rotated_q(side.parts);
+    if (side.part[0].bits == 8) return u8_scores(c, side.part[0], x);
 #if defined(__AVX2__)
-    if constexpr (uses_codes<Fmt>) return code_scores<Fmt>(c);
-#endif
-    if constexpr (same<Fmt, u8>) {
-      u8_scores(c);
-    } else if constexpr (same<Fmt, kivi2>) {
-      kivi2_scores(c);
-    } else {
-      decode_chunk<Fmt>(Side::K, c);
-      row_scores<D>(LoadF32{decoded, D}, c.n, q_rot, D, rows, s, ahead, score_share);
-      add_q_mu(c.n);
+    PoolState& st = state[c.pool_index];
+    for (int i = 0; i < side.parts; ++i) {
+      const CodePart& part = side.part[i];
+      if (!st.queries_ready) make_queries(part, digits, x + i * part.channels, D, rows, st.queries[i]);
+      code_scores(part, digits, st.queries[i], c, rows, i ? nullptr : add_back(), s, ahead, score_share / side.parts);
     }
+    st.queries_ready = true;
+#else
+    decode_chunk(c, Side::K);
+    row_scores(LoadF32{decoded, D}, D, c.n, x, D, rows, s, ahead, score_share);
+    const float* base = add_back();
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < c.n; j += F::W) (F::load(s + r * kChunk + j) + F::fill(base[r])).store(s + r * kChunk + j);
+#endif
   }
 
-  // row [kRowChunk]: the chunk's tokens; the last one repeated.
-  static void row_pointers(const Chunk& c, int64_t stride, bool k_side, const uint8_t** row) {
+  // row [kRowChunk]: the chunk's tokens, `at` bytes into the side and `stride` apart; the last one repeated.
+  static void row_pointers(const Chunk& c, Side side, int64_t at, int64_t stride, const uint8_t** row) {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
-      const uint8_t* x = (k_side ? pc.k : pc.v) + pc.token * stride;
+      const uint8_t* x = pc.side(side) + at + pc.token * stride;
       for (int j = pc.col; j < pc.col + pc.n; ++j, x += stride) row[j] = x;
     }
     for (int j = c.n; j < kRowChunk; ++j) row[j] = row[c.n - 1];
@@ -312,70 +263,62 @@ struct Task {
   // Tokens of packed pages, one behind the other as a page of kChunk tokens would hold them: reading the tiles they stand
   // in would cost up to 16 times the bytes. Of kivi2 the scales of K belong to the page, so its tokens stay where they are.
   // Apart from dense attention, which 6 KB of `page` on the stack would make 4 % slower.
-  template <typename Fmt, Side side>
+  template <Side which>
   [[gnu::noinline]] void gathered_side(const Chunk& c) {
-    const auto work = [&](const Chunk& x) { side == Side::K ? packed_scores<Fmt>(x) : packed_sums<Fmt>(x); };
-    if constexpr (Fmt::rotated) {
-      Chunk page;
-      page.pool = c.pool;
-      page.pool_index = c.pool_index;
-      page.n = c.n;
-      page.pieces = 1;
-      page.piece[0] = {gathered, gathered, 0, 0, c.n, 0};
-      const auto copy = [&](int64_t from, int64_t to, auto bytes) {
-        constexpr int64_t row = bytes.value;
-        for (int i = 0; i < c.pieces; ++i) {
-          const Piece& pc = c.piece[i];
-          const uint8_t* x = (side == Side::K ? pc.k : pc.v) + from + pc.token * row;
-          uint8_t* y = gathered + to + pc.col * row;
-          for (int j = 0; j < pc.n; ++j) memcpy(y + j * row, x + j * row, row);
-        }
-      };
-      copy(0, 0, Int<D * Fmt::Grid::low_bits / 8>{});
-      if constexpr (Fmt::bits == 3)
-        copy(Fmt::plane1_offset(p.page_size, D), Fmt::plane1_offset(kChunk, D), Int<D / 8>{});
-      copy(Fmt::scales_offset(p.page_size, D), Fmt::scales_offset(kChunk, D), Int<kGroups * 2>{});
-      work(page);
-    } else {
-      work(c);
-    }
-  }
-  // Tokens of the pages that rotated formats are read from.
-  int64_t page_tokens() const { return gathered ? kChunk : p.page_size; }
-
-  template <typename Fmt>
-  void decode_chunk(Side side, const Chunk& c) {
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      for (int j = 0; j < pc.n; ++j)
-        decode_rotated<Fmt, D>(side == Side::K ? pc.k : pc.v, pc.token + j, page_tokens(), decoded + (pc.col + j) * D);
-    }
-  }
-
-  void add_q_mu(int n) {
-    if (!p.transform.centre) return;
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < n; c += F::W) (F::load(s + r * kChunk + c) + F::fill(q_mu[r])).store(s + r * kChunk + c);
-  }
-
-  // fp32 scales of the chunk's tokens, [kGroups][kChunk]. Tiles are read whole: the page goes on to the next multiple of 16.
-  template <typename Fmt>
-  void load_scales(const Chunk& c, bool k_side, float* scale) {
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      const uint16_t* h =
-          reinterpret_cast<const uint16_t*>((k_side ? pc.k : pc.v) + Fmt::scales_offset(page_tokens(), D)) +
-          pc.token * kGroups;
-      const int64_t n = round_up(pc.n, kTile);
-      if constexpr (kGroups == 1) {
-        for (int64_t j = 0; j < n; j += F::W) F::load_f16(h + j).store(scale + pc.col + j);
-      } else {
-        float both[kChunk * kGroups];
-        for (int64_t j = 0; j < n * kGroups; j += F::W) F::load_f16(h + j).store(both + j);
-        for (int64_t j = 0; j < n * kGroups; ++j) scale[j % kGroups * kChunk + pc.col + j / kGroups] = both[j];
+    const PackedSide& from = which == Side::K ? state[c.pool_index].k : state[c.pool_index].v;
+    const PackedSide to = packed_side(which == Side::K ? c.pool->k_format : c.pool->v_format, kChunk, D);
+    CodeRows rows_from[6], rows_to[6];
+    int n = 0;
+    from.each_rows([&](const CodeRows& r) { rows_from[n++] = r; });
+    n = 0;
+    to.each_rows([&](const CodeRows& r) { rows_to[n++] = r; });
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < c.pieces; ++j) {
+        const Piece& pc = c.piece[j];
+        const int64_t row = rows_to[i].bytes;
+        copy_rows(pc.side(which) + rows_from[i].at + pc.token * row, pc.n * row,
+                  gathered + rows_to[i].at + pc.col * row);
       }
+    Chunk page;
+    page.pool = c.pool;
+    page.pool_index = c.pool_index;
+    page.n = c.n;
+    page.pieces = 1;
+    page.piece[0] = {gathered, gathered, 0, 0, c.n, 0};
+    which == Side::K ? packed_scores(page, to) : packed_sums(page, to);
+  }
+  // A few bytes, mostly: a call of memcpy would take longer than the copy.
+  static void copy_rows(const uint8_t* from, int64_t bytes, uint8_t* to) {
+    const auto both_ends = [&](auto word) {
+      decltype(word) first, last;
+      memcpy(&first, from, sizeof(word));
+      memcpy(&last, from + bytes - sizeof(word), sizeof(word));
+      memcpy(to, &first, sizeof(word));
+      memcpy(to + bytes - sizeof(word), &last, sizeof(word));
+    };
+    struct Sixteen {
+      uint64_t low, high;
+    };
+    for (; bytes > 32; bytes -= 16, from += 16, to += 16) memcpy(to, from, 16);
+    if (bytes >= 16) return both_ends(Sixteen{});
+    if (bytes >= 8) return both_ends(uint64_t{});
+    if (bytes >= 4) return both_ends(uint32_t{});
+    for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
+  }
+
+#if !defined(__AVX2__)
+  // The chunk's tokens in fp32, still rotated.
+  void decode_chunk(const Chunk& c, Side which) {
+    const Format format = which == Side::K ? c.pool->k_format : c.pool->v_format;
+    const RowCodec codec = row_codec(format, which, DType::f32, gathered ? kChunk : p.page_size, D);
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      uint8_t* side = const_cast<uint8_t*>(pc.side(which));
+      for (int j = 0; j < pc.n; ++j)
+        decode_stored(codec, {nullptr, side, pc.token + j, KeyTransform{}}, decoded + (pc.col + j) * D);
     }
   }
+#endif
 
   // q.(zero + scale * code) = (q scale).code + q.zero, scale and zero of the page's channels.
   void kivi2_scores(const Chunk& c) {
@@ -395,243 +338,30 @@ struct Task {
         }
         q_zero[r] = dot.fold_sum();
       }
-      row_scores<D>(codes, pc.n, q_page, D, rows, part, ahead, score_share * pc.n / c.n);
+      row_scores(codes, D, pc.n, q_page, D, rows, part, ahead, score_share * pc.n / c.n);
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < pc.n; ++j) s[r * kChunk + pc.col + j] = part[r * kChunk + j] + q_zero[r];
     }
   }
 
-  void kivi2_accumulate(const Chunk& c, PoolState& st) {
-    constexpr int64_t groups = D / kivi2::v_group;
-    float scale[kRowChunk * groups], zero[kRowChunk * groups];
+  void u8_scores(const Chunk& c, const CodePart& part, const float* x) {
+    float scale[2 * kChunk], score[kMaxRows * kChunk];
+    load_scales(part, Side::K, c, scale);
+    const float* base = add_back();
     const uint8_t* row[kRowChunk];
-    row_pointers(c, D / 4, false, row);
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      const uint8_t* from = pc.v + kivi2::scale_offset(p.page_size, D) + pc.token * groups * 2;
-      const int64_t to_zero = p.page_size * groups * 2;
-      for (int64_t j = 0; j < pc.n * groups; ++j) {
-        scale[pc.col * groups + j] = half_value(load_u16(from + j * 2));
-        zero[pc.col * groups + j] = half_value(load_u16(from + to_zero + j * 2));
-      }
-    }
-    row_accumulate<D>(LoadAffine2{row, scale, zero, groups}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-  }
-
-  void u8_scores(const Chunk& c) {
-    float scale[kGroups * kChunk], part[kMaxRows * kChunk];
-    load_scales<u8>(c, true, scale);
-    const uint8_t* row[kRowChunk];
-    row_pointers(c, D, true, row);
-    for (int64_t g = 0; g < kGroups; ++g) {
-      row_scores<kGroup>(LoadU8{row}, c.n, q_rot + g * kGroup, D, rows, part, ahead, score_share / kGroups);
+    row_pointers(c, Side::K, part.low.at, part.low.bytes, row);
+    for (int64_t g = 0; g < part.groups(); ++g) {
+      row_scores(LoadU8{row}, part.group, c.n, x + g * part.group, D, rows, score, ahead,
+                 score_share / static_cast<int>(part.groups()));
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < c.n; j += F::W) {
           float* o = s + r * kChunk + j;
-          const F base = g ? F::load(o) : F::fill(q_mu[r]);
-          fma(F::load(part + r * kChunk + j), F::load(scale + g * kChunk + j), base).store(o);
+          const F sum = g ? F::load(o) : F::fill(base[r]);
+          fma(F::load(score + r * kChunk + j), F::load(scale + g * kChunk + j), sum).store(o);
         }
-      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup;
+      for (int j = 0; j < kRowChunk; ++j) row[j] += part.group;
     }
   }
-
-#if defined(__AVX2__)
-  // Query rows a dot4 call takes: 4 digit rows share every load of codes.
-  static constexpr int kStep = DIGITS == 2 ? 2 : 1;
-  template <typename Fmt>
-  static constexpr int kPlanes = Fmt::bits == 3 ? 2 : 1;
-  template <typename Fmt>
-  static constexpr int kMaxCode = Fmt::bits == 4 ? 15 : 4;
-
-  // words [row][digit][scale group][plane][quad]
-  template <typename Fmt>
-  void make_words(PoolState& st) {
-    constexpr int planes = kPlanes<Fmt>;
-    constexpr int64_t quads = kGroup / 4;
-    for (int r = 0; r < rows; ++r) {
-      const float* x = q_rot + r * D;
-      F top = F::zero();
-      bool finite = true;
-      for (int64_t i = 0; i < D; i += F::W) {
-        top = max(top, abs(F::load(x + i)));
-        finite &= all_finite(F::load(x + i));
-      }
-      const float biggest = top.fold_max(), inv = biggest > 0.0f ? Digits<DIGITS>::top / biggest : 0.0f;
-      st.step[r] = finite ? biggest / Digits<DIGITS>::top : NAN;
-      uint8_t digit[DIGITS][D];
-      for (int64_t g = 0; g < kGroups; ++g) {
-        I sum[DIGITS];
-        for (int d = 0; d < DIGITS; ++d) sum[d] = I::zero();
-        for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += F::W) {
-          I dig[DIGITS];
-          Digits<DIGITS>::split(F::load(x + i) * F::fill(inv), dig);
-          for (int d = 0; d < DIGITS; ++d) {
-            sum[d] = sum[d] + dig[d];
-            dig[d].store_bytes(digit[d] + i);
-          }
-        }
-        float* offset = st.offset + (r * kGroups + g) * DIGITS;
-        Digits<DIGITS>::add_up(sum, offset);
-        for (int d = 0; d < DIGITS; ++d) offset[d] *= Fmt::Grid::offset;
-      }
-      for (int d = 0; d < DIGITS; ++d)
-        for (int64_t g = 0; g < kGroups; ++g) {
-          int32_t* w = st.words + (((r * DIGITS + d) * kGroups) + g) * planes * quads;
-          Plane<Fmt::Grid::low_bits, 0>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w));
-          if constexpr (planes == 2)
-            Plane<1, 2>::order_q(digit[d] + g * kGroup, kGroup, reinterpret_cast<uint8_t*>(w + quads));
-        }
-    }
-  }
-
-  template <typename Fmt>
-  void code_scores(const Chunk& c) {
-    constexpr int planes = kPlanes<Fmt>;
-    constexpr int64_t quads = kGroup / 4, ldw = kGroups * planes * quads;
-    constexpr int64_t low_row = D * Fmt::Grid::low_bits / 8, low_group = kGroup * Fmt::Grid::low_bits / 8;
-    PoolState& st = state[c.pool_index];
-    if (!st.words_ready) make_words<Fmt>(st);
-    st.words_ready = true;
-    alignas(64) float scale[kGroups * kChunk];
-    load_scales<Fmt>(c, true, scale);
-    // the pages' rows, I::W tokens at a time
-    constexpr int kVectors = kChunk / I::W;
-    const uint8_t *low[kVectors + 1], *high[kVectors + 1];
-    int vectors = 0;
-    for (int i = 0; i < c.pieces; ++i)
-      for (int64_t t = c.piece[i].token; t < c.piece[i].token + c.piece[i].n; t += I::W) {
-        low[vectors] = c.piece[i].k + t * low_row;
-        high[vectors++] = c.piece[i].k + Fmt::plane1_offset(page_tokens(), D) + t * (D / 8);
-      }
-    constexpr int T = I::W == 16 ? 2 : 1;
-    low[vectors] = low[vectors - 1], high[vectors] = high[vectors - 1];  // an odd last one is paired with itself
-    constexpr int kRows = DIGITS == 2 ? 4 : 2;                           // at most 8 digit rows: they share every code
-    const int blocks = rows / kRows + rows % kRows;
-    const int lines = ahead.share(score_share, kGroups * blocks * ((vectors + T - 1) / T));
-    for (int64_t g = 0; g < kGroups; ++g) {
-      const auto block = [&](auto n, int r) {
-        constexpr int R = n.value, M = R * DIGITS;
-        const int32_t* words = st.words + r * DIGITS * ldw + g * planes * quads;
-        for (int v = 0; v < vectors; v += T) {
-          alignas(64) int32_t sums[M][T * I::W];
-          ahead.take(lines);
-          const uint8_t *rows_low[T], *rows_high[T];
-          for (int t = 0; t < T; ++t)
-            rows_low[t] = low[v + t] + g * low_group, rows_high[t] = high[v + t] + g * (kGroup / 8);
-          Plane<Fmt::Grid::low_bits, 0>::template dot_k<M, T>(rows_low, low_row, low_group, words, ldw, sums[0],
-                                                              T * I::W, false);
-          if constexpr (planes == 2)
-            Plane<1, 2>::template dot_k<M, T>(rows_high, D / 8, kGroup / 8, words + quads, ldw, sums[0], T * I::W,
-                                              true);
-          for (int i = 0; i < R; ++i) {
-            const F step = F::fill(st.step[r + i]);
-            for (int t = 0; t < T && v + t < vectors; ++t) {
-              float* o = s + (r + i) * kChunk + (v + t) * I::W;
-              const F base = g ? F::load(o) : F::fill(q_mu[r + i]);
-              const F x = Digits<DIGITS>::join(&sums[i * DIGITS][t * I::W], T * I::W,
-                                               st.offset + ((r + i) * kGroups + g) * DIGITS);
-              fma(x * step, F::load(scale + g * kChunk + (v + t) * I::W), base).store(o);
-            }
-          }
-        }
-      };
-      int r = 0;
-      for (; r + kRows <= rows; r += kRows) block(Int<kRows>{}, r);
-      for (; r < rows; ++r) block(Int<1>{}, r);
-    }
-  }
-
-  // acc[row][lane] += sum over tokens of p * scale * level
-  template <typename Fmt>
-  void code_accumulate(const Chunk& c, PoolState& st) {
-    constexpr int planes = kPlanes<Fmt>;
-    constexpr int64_t lanes = planes * D, low_row = D * Fmt::Grid::low_bits / 8, quads = kChunk / 4;
-    alignas(64) float scale[kGroups * kChunk];
-    load_scales<Fmt>(c, false, scale);
-    const int64_t cols = round_up(c.n, kTile);
-    const int lines = ahead.share(kAheadSums, cols / 4);
-    for (int i = 0; i < c.pieces; ++i) {
-      const Piece& pc = c.piece[i];
-      for (int64_t t = 0; t < round_up(pc.n, kTile); t += 4) {
-        uint8_t* out = codes + (pc.col + t) / 4 * lanes * 4;
-        ahead.take(lines);
-        Plane<Fmt::Grid::low_bits, 0>::template unpack_v<D>(pc.v + (pc.token + t) * low_row, low_row, out);
-        if constexpr (planes == 2)
-          Plane<1, 2>::template unpack_v<D>(pc.v + Fmt::plane1_offset(page_tokens(), D) + (pc.token + t) * (D / 8),
-                                            D / 8, out + D * 4);
-      }
-    }
-    for (int64_t g = 0; g < kGroups; ++g) {
-      const auto block = [&](auto n_rows, auto n_digits, int r) {
-        constexpr int R = n_rows.value, N = n_digits.value;
-        alignas(64) uint8_t words[R * N][kChunk];
-        alignas(64) int32_t ints[R * N][kGroup];
-        float step[R], mass[R][N];
-        for (int i = 0; i < R; ++i)
-          step[i] = weigh<N>(s + (r + i) * kChunk, scale + g * kChunk, cols, words[i * N], mass[i]);
-        for (int plane = 0; plane < planes; ++plane) {
-          const int64_t lane0 = plane * D + g * kGroup;
-          // The mean code of the plane; 3.5 is 1.5 + 2. Sums of what differs from it stay small, so fp32 holds them well.
-          const float level = planes == 1 ? Fmt::Grid::offset : plane == 0 ? 1.5f : 2.0f;
-          dot4<kMaxCode<Fmt>, R * N, N == 1>(codes + lane0 * 4, lanes * 4, kGroup, cols / 4,
-                                             reinterpret_cast<const int32_t*>(words[0]), quads, ints[0], kGroup);
-          for (int i = 0; i < R; ++i) {
-            float offset[N];
-            for (int d = 0; d < N; ++d) offset[d] = level * mass[i][d];
-            for (int64_t j = 0; j < kGroup; j += F::W) {
-              float* o = st.acc + (r + i) * st.lanes + lane0 + j;
-              fma(Digits<N>::join(ints[i * N] + j, kGroup, offset), F::fill(step[i]), F::load(o)).store(o);
-            }
-          }
-        }
-      };
-      int r = 0;
-      while (r < rows) {
-        if (rows - r >= 4 && light(r) && light(r + 1) && light(r + 2) && light(r + 3)) {
-          block(Int<4>{}, Int<1>{}, r);
-          r += 4;
-        } else if (rows - r >= kStep) {
-          block(Int<kStep>{}, Int<DIGITS>{}, r);
-          r += kStep;
-        } else {
-          block(Int<1>{}, Int<DIGITS>{}, r);
-          r += 1;
-        }
-      }
-    }
-  }
-
-  // bf16 has 8 bits for p, and so do other kernels that round p to it. Where no token of the chunk holds more than 1/64 of
-  // the softmax mass, 8 bits of the chunk's largest weight are as good: 0.1 % of what the chunk adds, rms. Otherwise small
-  // weights beside a large one would lose theirs, so they get 15.
-  bool light(int r) const { return p.dtype == DType::bf16 && p_top[r] * 64.0f < l[r]; }
-
-  // N digits of w = p * scale, four tokens to a word, and what they add up to; returns the value of the last digit.
-  template <int N>
-  static float weigh(const float* prob, const float* scale, int64_t cols, uint8_t* words, float* mass) {
-    F w[kChunk / F::W], top = F::zero(), total = F::zero();
-    for (int64_t j = 0; j < cols; j += F::W) {
-      const F x = F::load(prob + j);
-      w[j / F::W] = where_positive(x, x * F::load(scale + j));  // rows nobody sees may hold NaN
-      top = max(top, w[j / F::W]);
-      total = total + w[j / F::W];
-    }
-    const float biggest = top.fold_max();
-    const F inv = F::fill(biggest > 0.0f ? Digits<N>::top / biggest : 0.0f);
-    I sums[N];
-    for (int d = 0; d < N; ++d) sums[d] = I::zero();
-    for (int64_t j = 0; j < cols; j += F::W) {
-      I dig[N];
-      Digits<N>::split(w[j / F::W] * inv, dig);
-      for (int d = 0; d < N; ++d) {
-        sums[d] = sums[d] + dig[d];
-        dig[d].store_bytes(words + d * kChunk + j);
-      }
-    }
-    Digits<N>::add_up(sums, mass);
-    return all_finite(total) ? biggest / Digits<N>::top : NAN;  // a NaN scale must not get lost among the digits
-  }
-#endif
 
   // ---- softmax: S -> P in place; m, l and the sums over V follow the new maximum
 
@@ -731,57 +461,71 @@ struct Task {
     PoolState& st = state[c.pool_index];
     if (!st.acc_used) memset(st.acc, 0, sizeof(float) * rows * st.lanes);
     st.acc_used = true;
-    with_format(c.pool->v_format, [&](auto fmt) {
-      using Fmt = decltype(fmt);
-      if constexpr (!Fmt::packed) {
-        const uint8_t* row[kRowChunk];
-        row_pointers(c, c.pool->v_token, false, row);
-#if defined(__AVX512F__)
-        if (same<Fmt, bf16> && q_bf16)
-          return bf16_accumulate<DV>(LoadBf16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-#endif
-        if constexpr (same<Fmt, bf16>)
-          row_accumulate<DV>(LoadBf16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-        else
-          row_accumulate<DV>(LoadF16{row}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-      } else if constexpr (!readable<Fmt>()) {
-        fail("attention: this format is not read on the CPU yet");
-      } else if constexpr (kPackedDim) {
-        gathered ? gathered_side<Fmt, Side::V>(c) : packed_sums<Fmt>(c);
-      }
-    });
-  }
-
-  template <typename Fmt>
-  void packed_sums(const Chunk& c) {
-    PoolState& st = state[c.pool_index];
-#if defined(__AVX2__)
-    if constexpr (uses_codes<Fmt>) return code_accumulate<Fmt>(c, st);
-#endif
-    if constexpr (same<Fmt, u8>) {
-      u8_accumulate(c, st);
-    } else if constexpr (same<Fmt, kivi2>) {
-      kivi2_accumulate(c, st);
-    } else {
-      decode_chunk<Fmt>(Side::V, c);
-      row_accumulate<D>(LoadF32{decoded, D}, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
-    }
-  }
-
-  void u8_accumulate(const Chunk& c, PoolState& st) {
-    float scale[kGroups * kChunk], w[kMaxRows * kChunk];
-    load_scales<u8>(c, false, scale);
+    const Format format = c.pool->v_format;
+    if (st.v.parts) return gathered ? gathered_side<Side::V>(c) : packed_sums(c, st.v);
+    if (format == Format::kivi2) return kivi2_sums(c, st);
     const uint8_t* row[kRowChunk];
-    row_pointers(c, D, false, row);
-    for (int64_t g = 0; g < kGroups; ++g) {
+    row_pointers(c, Side::V, 0, c.pool->v_token, row);
+    if (format == Format::f16)
+      return row_accumulate(LoadF16{row}, DV, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
+#if defined(__AVX512F__)
+    if (q_bf16) return bf16_accumulate(LoadBf16{row}, DV, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
+#endif
+    row_accumulate(LoadBf16{row}, DV, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
+  }
+
+  void packed_sums(const Chunk& c, const PackedSide& side) {
+    PoolState& st = state[c.pool_index];
+    const CodePart& part = side.part[0];
+    if (part.bits == 8) return u8_sums(c, part, st);
+#if defined(__AVX2__)
+    bool few_bits[kMaxRows];
+    for (int r = 0; r < rows; ++r) few_bits[r] = light(r);
+    code_sums(part, digits, c, s, few_bits, rows, codes, st.acc, st.lanes, ahead, kAheadSums);
+#else
+    decode_chunk(c, Side::V);
+    row_accumulate(LoadF32{decoded, D}, D, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
+#endif
+  }
+
+  // bf16 has 8 bits for p, and so do other kernels that round p to it. Where no token of the chunk holds more than 1/64 of
+  // the softmax mass, 8 bits of the chunk's largest weight are as good: 0.1 % of what the chunk adds, rms. Otherwise small
+  // weights beside a large one would lose theirs, so they get 15.
+  bool light(int r) const { return p.dtype == DType::bf16 && p_top[r] * 64.0f < l[r]; }
+
+  void u8_sums(const Chunk& c, const CodePart& part, PoolState& st) {
+    float scale[2 * kChunk], w[kMaxRows * kChunk];
+    load_scales(part, Side::V, c, scale);
+    const uint8_t* row[kRowChunk];
+    row_pointers(c, Side::V, part.low.at, part.low.bytes, row);
+    for (int64_t g = 0; g < part.groups(); ++g) {
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < c.n; j += F::W) {
           const F x = F::load(s + r * kChunk + j);
           where_positive(x, x * F::load(scale + g * kChunk + j)).store(w + r * kChunk + j);
         }
-      row_accumulate<kGroup>(LoadU8{row}, c.n, w, rows, st.acc + g * kGroup, st.lanes, ahead, kAheadSums / kGroups);
-      for (int j = 0; j < kRowChunk; ++j) row[j] += kGroup;
+      row_accumulate(LoadU8{row}, part.group, c.n, w, rows, st.acc + g * part.group, st.lanes, ahead,
+                     kAheadSums / static_cast<int>(part.groups()));
+      for (int j = 0; j < kRowChunk; ++j) row[j] += part.group;
     }
+  }
+
+  void kivi2_sums(const Chunk& c, PoolState& st) {
+    constexpr int64_t kMaxGroups = 256 / kivi2::v_group;
+    const int64_t groups = D / kivi2::v_group;
+    float scale[kRowChunk * kMaxGroups], zero[kRowChunk * kMaxGroups];
+    const uint8_t* row[kRowChunk];
+    row_pointers(c, Side::V, 0, D / 4, row);
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      const uint8_t* from = pc.v + kivi2::scale_offset(p.page_size, D) + pc.token * groups * 2;
+      const int64_t to_zero = p.page_size * groups * 2;
+      for (int64_t j = 0; j < pc.n * groups; ++j) {
+        scale[pc.col * groups + j] = half_value(load_u16(from + j * 2));
+        zero[pc.col * groups + j] = half_value(load_u16(from + to_zero + j * 2));
+      }
+    }
+    row_accumulate(LoadAffine2{row, scale, zero, groups}, D, c.n, s, rows, st.acc, st.lanes, ahead, kAheadSums);
   }
 
   // ---- what is visible of the tokens [from, to), and what it gives: out_rows (unnormalised, plain basis), m, l
@@ -826,7 +570,7 @@ struct Task {
   // first chunk nobody asked for, and not with smaller pages, which are no long runs.
   static constexpr int64_t kWholeTokens = 8 * kRowChunk, kWholePage = 8;
   bool side_by_side(const Pool& pool, int heads) const {
-    constexpr int64_t row = D * 2;
+    const int64_t row = D * 2;
     return D == DV && heads > 1 && heads == p.Hkv && p.page_size >= kWholePage && p.k_share == 1 && p.v_share == 1 &&
            !packed(pool) && pool.k_head == row && pool.v_head == row && pool.k_token == heads * row &&
            pool.v_token == heads * row;
@@ -842,7 +586,7 @@ struct Task {
   }
 
   // V of multi-head latent attention is a part of K's row.
-  static bool v_inside_k(const Pool& pool) {
+  bool v_inside_k(const Pool& pool) const {
     const int64_t at = (pool.v - pool.k) / 2;
     return at >= 0 && at + DV <= D && pool.k_page == pool.v_page && pool.k_head == pool.v_head &&
            pool.k_token == pool.v_token;
@@ -854,33 +598,28 @@ struct Task {
     if (D == DV || !v_inside_k(*c.pool)) list_side<Side::V>(c, v_heads * c.pool->v_head);
   }
 
-  template <Side side>
+  template <Side which>
   void list_side(const Chunk& c, int64_t offset) {
-    constexpr bool k = side == Side::K;
-    with_format(k ? c.pool->k_format : c.pool->v_format, [&](auto fmt) {
-      using Fmt = decltype(fmt);
-      for (int i = 0; i < c.pieces; ++i) {
-        const Piece& pc = c.piece[i];
-        const uint8_t* x = (k ? pc.k : pc.v) + offset;
-        if constexpr (!Fmt::packed) {
-          constexpr int64_t row_bytes = (k ? D : DV) * 2;
-          const int64_t stride = k ? c.pool->k_token : c.pool->v_token;
-          if (stride == row_bytes)
-            ahead.add(x + pc.token * stride, pc.n * stride);
-          else
-            for (int j = 0; j < pc.n; ++j) ahead.add(x + (pc.token + j) * stride, row_bytes);
-        } else if constexpr (reads_codes<Fmt>()) {
-          constexpr int64_t low_row = D * Fmt::Grid::low_bits / 8;
-          ahead.add(x + pc.token * low_row, pc.n * low_row);
-          if (Fmt::bits == 3) ahead.add(x + Fmt::plane1_offset(p.page_size, D) + pc.token * (D / 8), pc.n * (D / 8));
-          ahead.add(x + Fmt::scales_offset(p.page_size, D) + pc.token * kGroups * 2, pc.n * kGroups * 2);
-        } else if constexpr (!Fmt::rotated) {
-          ahead.add(x + pc.token * (D / 4), pc.n * (D / 4));
-          ahead.add(x + kivi2::scale_offset(p.page_size, D),
-                    kivi2::side_bytes(side, p.page_size, D) - p.page_size * (D / 4));
-        }
+    constexpr bool k = which == Side::K;
+    const PackedSide& side = k ? state[c.pool_index].k : state[c.pool_index].v;
+    const bool kivi = (k ? c.pool->k_format : c.pool->v_format) == Format::kivi2;
+    for (int i = 0; i < c.pieces; ++i) {
+      const Piece& pc = c.piece[i];
+      const uint8_t* x = pc.side(which) + offset;
+      if (side.parts) {
+        side.each_rows([&](const CodeRows& r) { ahead.add(x + r.at + pc.token * r.bytes, pc.n * r.bytes); });
+      } else if (kivi) {
+        ahead.add(x + pc.token * (D / 4), pc.n * (D / 4));
+        ahead.add(x + kivi2::scale_offset(p.page_size, D),
+                  kivi2::side_bytes(which, p.page_size, D) - p.page_size * (D / 4));
+      } else {
+        const int64_t row_bytes = (k ? D : DV) * 2, stride = k ? c.pool->k_token : c.pool->v_token;
+        if (stride == row_bytes)
+          ahead.add(x + pc.token * stride, pc.n * stride);
+        else
+          for (int j = 0; j < pc.n; ++j) ahead.add(x + (pc.token + j) * stride, row_bytes);
       }
-    });
+    }
   }
 
   // The chunk of visible tokens from `pos` on, which moves behind it; false: none is left before `to`.
@@ -899,7 +638,7 @@ struct Task {
     c.start = pos -= c.skip;
     token -= c.skip;
     c.n = c.pieces = 0;
-    const int64_t most = read_as_codes(*c.pool) ? kChunk : kRowChunk;
+    const int64_t most = read_as_codes(c.pool_index) ? kChunk : kRowChunk;
     for (; c.n < most && pos < end; ++index, token = 0) {
       const int32_t entry = table[index];
       if (entry >> 28 != c.pool_index) break;
@@ -934,7 +673,7 @@ struct Task {
         c.pool_index = entry >> 28;
         c.pool = &p.pools[c.pool_index];
         c.start = position;
-        most = read_as_codes(*c.pool) ? kChunk : kRowChunk;
+        most = read_as_codes(c.pool_index) ? kChunk : kRowChunk;
       } else if (entry >> 28 != c.pool_index) {
         break;
       }
@@ -962,72 +701,26 @@ struct Task {
 
   void finish() {
     memset(out_rows, 0, sizeof(float) * rows * DV);
-    if constexpr (kPackedDim) {
-      bool rotated = false;
-      for (int i = 0; i < p.num_pools; ++i)
-        if (state[i].acc_used)
-          with_format(p.pools[i].v_format, [&](auto fmt) {
-            using Fmt = decltype(fmt);
-            if constexpr (reads_codes<Fmt>()) {
-              rotated = true;
-              for (int r = 0; r < rows; ++r) add_lanes<Fmt>(state[i].acc + r * state[i].lanes, out_rows + r * D);
-            }
-          });
-      if (rotated)
-        for (int r = 0; r < rows; ++r) rotate_row<D>(out_rows + r * D);
-    }
+    bool rotated = false;
     for (int i = 0; i < p.num_pools; ++i)
-      if (state[i].acc_used)
-        with_format(p.pools[i].v_format, [&](auto fmt) {
-          if constexpr (!decltype(fmt)::rotated)
-            for (int r = 0; r < rows; ++r)
-              for (int64_t j = 0; j < DV; j += F::W) {
-                float* o = out_rows + r * DV + j;
-                (F::load(o) + F::load(state[i].acc + r * state[i].lanes + j)).store(o);
-              }
-        });
-  }
-
-  template <typename Fmt>
-  static void add_lanes(const float* acc, float* out) {
-#if defined(__AVX2__)
-    if constexpr (uses_codes<Fmt>) {
-      static constexpr LaneOf<Plane<Fmt::Grid::low_bits, 0>> low;
-      for (int64_t i = 0; i < D; ++i) out[i] += acc[low.lane[i]];
-      if constexpr (kPlanes<Fmt> == 2) {
-        static constexpr LaneOf<Plane<1, 2>> high;
-        for (int64_t i = 0; i < D; ++i) out[i] += acc[D + high.lane[i]];
+      if (state[i].acc_used && state[i].v.parts) {
+        rotated = true;
+        for (int r = 0; r < rows; ++r) add_sums(state[i], r);
       }
-      return;
-    }
-#endif
-    for (int64_t i = 0; i < D; ++i) out[i] += acc[i];
+    if (rotated) rotate_rows(out_rows, D, rows);
+    for (int i = 0; i < p.num_pools; ++i)
+      if (state[i].acc_used && !state[i].v.parts)
+        for (int r = 0; r < rows; ++r) add_sums(state[i], r);
   }
+
+  void add_sums(const PoolState& st, int r) {
+    const float* acc = st.acc + r * st.lanes;
+    float* out = out_rows + r * DV;
 #if defined(__AVX2__)
-  template <typename P>
-  struct LaneOf {  // the lane that holds a channel
-    int32_t lane[D];
-    constexpr LaneOf() : lane() {
-      for (int64_t i = 0; i < D; ++i) lane[P::v_channel(i, D)] = static_cast<int32_t>(i);
-    }
-  };
+    if (st.v.as_codes()) return add_lanes(st.v.part[0], acc, out);
 #endif
+    for (int64_t j = 0; j < DV; j += F::W) (F::load(out + j) + F::load(acc + j)).store(out + j);
+  }
 };
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-// f(Type<Task of the call>{}). Where nothing is packed, the digits do not matter.
-template <typename Fn>
-inline void with_task(const AttentionParams& p, Fn&& f) {
-  one_of<64, 80, 96, 112, 128, 192, 256, 576>("attention: head_dim", p.D, [&](auto d) {
-    constexpr int64_t D = decltype(d)::value, DV = D == 576 ? 512 : D;
-    if constexpr (Task<D, DV, 2>::kPackedDim)
-      if (p.dtype == DType::f32) return f(Type<Task<D, DV, 3>>{});
-    f(Type<Task<D, DV, 2>>{});
-  });
-}
 
 KK_END

@@ -92,12 +92,11 @@ template <int R>
 }
 
 // As bf16_scores of rows.h. Scores beyond token n are those of repeated tokens.
-template <int64_t N>
-[[gnu::noinline]] void many_scores(const uint8_t* const* row, const uint16_t* q, float scale, int rows, float* s,
-                                   Ahead& ahead, int sixteenths) {
-  constexpr int64_t kParts = (N + kManyChannels - 1) / kManyChannels;
+inline void many_scores(const uint8_t* const* row, int64_t N, const uint16_t* q, float scale, int rows, float* s,
+                        Ahead& ahead, int sixteenths) {
+  const int64_t parts = (N + kManyChannels - 1) / kManyChannels;
   alignas(64) uint32_t words[kManyChannels / 2][kRowChunk];
-  const int lines = ahead.share(sixteenths, (N + 31) / 32 * 4 + kParts * ((rows + 5) / 6));
+  const int lines = ahead.share(sixteenths, (N + 31) / 32 * 4 + parts * ((rows + 5) / 6));
   for (int64_t from = 0; from < N; from += kManyChannels) {
     const int64_t channels = N - from < kManyChannels ? N - from : kManyChannels;
     for (int c = 0; c < kRowChunk; c += 16)
@@ -159,12 +158,11 @@ template <int R, int V>
 }
 
 // As bf16_accumulate of rows.h.
-template <int64_t N>
-[[gnu::noinline]] void many_sums(const uint8_t* const* row, int n, const float* p, int rows, float* acc, int64_t lda,
-                                 Ahead& ahead, int sixteenths) {
-  constexpr int64_t kParts = (N + kManyChannels - 1) / kManyChannels;
+inline void many_sums(const uint8_t* const* row, int64_t N, int n, const float* p, int rows, float* acc, int64_t lda,
+                      Ahead& ahead, int sixteenths) {
+  const int64_t parts = (N + kManyChannels - 1) / kManyChannels;
   alignas(64) __m512i v[kRowChunk / 2][kManyChannels / 16];
-  const int pairs = (n + 1) / 2, lines = ahead.share(sixteenths, kParts * (pairs + (rows + 5) / 6));
+  const int pairs = (n + 1) / 2, lines = ahead.share(sixteenths, parts * (pairs + (rows + 5) / 6));
   for (int64_t from = 0; from < N; from += kManyChannels) {
     const int64_t channels = N - from < kManyChannels ? N - from : kManyChannels;
     for (int c = 0; c < pairs; ++c) {

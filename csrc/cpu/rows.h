@@ -46,8 +46,8 @@ struct LoadF32 {  // a buffer in L1
 constexpr int row_blocks(int rows) { return rows / 4 + rows % 4; }
 
 // s[r][c0 + c] = q[r] . row c0 + c for c < F::W; what stands at tokens >= n means nothing.
-template <int R, int64_t N, typename Load>
-inline void row_scores_block(const Load& load, int c0, int n, const float* q, int64_t ldq, float* s) {
+template <int R, typename Load>
+inline void row_scores_block(const Load& load, int64_t N, int c0, int n, const float* q, int64_t ldq, float* s) {
   constexpr int TG = kFold;  // R * TG accumulators
   F part[R][F::W / kFold];
   for (int r = 0; r < R; ++r)
@@ -72,20 +72,20 @@ inline void row_scores_block(const Load& load, int c0, int n, const float* q, in
 }
 
 // s [rows][kChunk]; asks for `sixteenths` of the lines ahead.
-template <int64_t N, typename Load>
-inline void row_scores(const Load& load, int n, const float* q, int64_t ldq, int rows, float* s, Ahead& ahead,
-                       int sixteenths) {
+template <typename Load>
+inline void row_scores(const Load& load, int64_t N, int n, const float* q, int64_t ldq, int rows, float* s,
+                       Ahead& ahead, int sixteenths) {
   const int lines = ahead.share(sixteenths, row_blocks(rows) * ((n + F::W - 1) / F::W));
   int r = 0;
   for (; r + 4 <= rows; r += 4)
     for (int c = 0; c < n; c += F::W) {
       ahead.take(lines);
-      row_scores_block<4, N>(load, c, n, q + r * ldq, ldq, s + r * kChunk);
+      row_scores_block<4>(load, N, c, n, q + r * ldq, ldq, s + r * kChunk);
     }
   for (; r < rows; ++r)
     for (int c = 0; c < n; c += F::W) {
       ahead.take(lines);
-      row_scores_block<1, N>(load, c, n, q + r * ldq, ldq, s + r * kChunk);
+      row_scores_block<1>(load, N, c, n, q + r * ldq, ldq, s + r * kChunk);
     }
 }
 
@@ -94,9 +94,9 @@ inline void row_scores(const Load& load, int n, const float* q, int64_t ldq, int
 // compiled for processors that have it; being one instruction, it stands here by name, and callers ask has_avx512bf16().
 // Sixteen sums a step: R rows times 16 / R tokens. Loops over registers are unrolled and the function is kept apart: inside
 // a larger one the compiler makes arrays in memory of them, which costs half the speed.
-template <int R, int64_t N>
-[[gnu::noinline]] void bf16_scores_block(const LoadBf16& load, int n, const uint16_t* q, float scale, float* s,
-                                         Ahead& ahead, int lines) {
+template <int R>
+[[gnu::noinline]] void bf16_scores_block(const LoadBf16& load, int64_t N, int n, const uint16_t* q, float scale,
+                                         float* s, Ahead& ahead, int lines) {
   constexpr int kGroups = 4 / R;  // of 4 tokens
   for (int c = 0; c < n; c += 4 * kGroups) {
     F part[4];
@@ -145,15 +145,14 @@ template <int R, int64_t N>
 }
 
 // s[r][c] = scale * q[r] . row c, q bf16 [rows][N]. All kRowChunk row pointers can be read.
-template <int64_t N>
-inline void bf16_scores(const LoadBf16& load, int n, const uint16_t* q, float scale, int rows, float* s, Ahead& ahead,
-                        int sixteenths) {
-  if (rows >= kManyRows && n > kRowChunk / 2) return many_scores<N>(load.rows, q, scale, rows, s, ahead, sixteenths);
+inline void bf16_scores(const LoadBf16& load, int64_t N, int n, const uint16_t* q, float scale, int rows, float* s,
+                        Ahead& ahead, int sixteenths) {
+  if (rows >= kManyRows && n > kRowChunk / 2) return many_scores(load.rows, N, q, scale, rows, s, ahead, sixteenths);
   const int lines = ahead.share(sixteenths, (rows / 4 + rows / 2 % 2 + rows % 2) * ((n + 3) / 4));
   int r = 0;
-  for (; r + 4 <= rows; r += 4) bf16_scores_block<4, N>(load, n, q + r * N, scale, s + r * kChunk, ahead, lines);
-  if (r + 2 <= rows) bf16_scores_block<2, N>(load, n, q + r * N, scale, s + r * kChunk, ahead, lines), r += 2;
-  if (r < rows) bf16_scores_block<1, N>(load, n, q + r * N, scale, s + r * kChunk, ahead, lines);
+  for (; r + 4 <= rows; r += 4) bf16_scores_block<4>(load, N, n, q + r * N, scale, s + r * kChunk, ahead, lines);
+  if (r + 2 <= rows) bf16_scores_block<2>(load, N, n, q + r * N, scale, s + r * kChunk, ahead, lines), r += 2;
+  if (r < rows) bf16_scores_block<1>(load, N, n, q + r * N, scale, s + r * kChunk, ahead, lines);
 }
 #endif
 
@@ -178,11 +177,11 @@ inline void row_accumulate_block(const Load& load, int n, int64_t i, const float
 }
 
 // acc[r][i] += sum over c < n of p[r][c] * row c [i], i < N
-template <int64_t N, typename Load>
-inline void row_accumulate(const Load& load, int n, const float* p, int rows, float* acc, int64_t lda, Ahead& ahead,
-                           int sixteenths) {
+template <typename Load>
+inline void row_accumulate(const Load& load, int64_t N, int n, const float* p, int rows, float* acc, int64_t lda,
+                           Ahead& ahead, int sixteenths) {
   constexpr int NV = F::W == 16 ? 4 : 2;
-  constexpr int64_t wide = N / (NV * F::W) * (NV * F::W), passes = wide / (NV * F::W) + (N - wide) / F::W;
+  const int64_t wide = N / (NV * F::W) * (NV * F::W), passes = wide / (NV * F::W) + (N - wide) / F::W;
   const int lines = ahead.share(sixteenths, row_blocks(rows) * passes);
   const auto block = [&](auto R, int r) {
     constexpr int kR = decltype(R)::value;
@@ -244,11 +243,10 @@ template <int R, int G, bool HALF>
 }
 
 // acc[r][i] += sum over c < n of bf16(p[r][c]) * row c [i]. p is 0 from n to the next multiple of 16, and row n can be read.
-template <int64_t N>
-inline void bf16_accumulate(const LoadBf16& load, int n, const float* p, int rows, float* acc, int64_t lda,
+inline void bf16_accumulate(const LoadBf16& load, int64_t N, int n, const float* p, int rows, float* acc, int64_t lda,
                             Ahead& ahead, int sixteenths) {
-  if (rows >= kManyRows) return many_sums<N>(load.rows, n, p, rows, acc, lda, ahead, sixteenths);
-  constexpr int64_t wide = N / 64 * 64, half = N / 32 * 32, passes = (N + 63) / 64;
+  if (rows >= kManyRows) return many_sums(load.rows, N, n, p, rows, acc, lda, ahead, sixteenths);
+  const int64_t wide = N / 64 * 64, half = N / 32 * 32, passes = (N + 63) / 64;
   const int lines = ahead.share(sixteenths, row_blocks(rows) * passes * ((n + 3) / 4));
   const auto block = [&](auto R, int r) {
     constexpr int kR = decltype(R)::value;
@@ -256,8 +254,8 @@ inline void bf16_accumulate(const LoadBf16& load, int n, const float* p, int row
     for (int j = 0; j < kR; ++j) bf16_weights(p + (r + j) * kChunk, n, words + j * kRowChunk / 2);
     float* o = acc + r * lda;
     for (int64_t i = 0; i < wide; i += 64) bf16_accumulate_block<kR, 2, false>(load, n, i, words, o, lda, ahead, lines);
-    if constexpr (half > wide) bf16_accumulate_block<kR, 1, false>(load, n, wide, words, o, lda, ahead, lines);
-    if constexpr (N > half) bf16_accumulate_block<kR, 1, true>(load, n, half, words, o, lda, ahead, lines);
+    if (half > wide) bf16_accumulate_block<kR, 1, false>(load, n, wide, words, o, lda, ahead, lines);
+    if (N > half) bf16_accumulate_block<kR, 1, true>(load, n, half, words, o, lda, ahead, lines);
   };
   int r = 0;
   for (; r + 4 <= rows; r += 4) block(Int<4>{}, r);

@@ -93,7 +93,6 @@ Pieces pieces_of_keys(const ScoreTokensParams& p, const CpuExec& exec) {
   return {p, heads, round_up(tokens, p.page_size)};
 }
 
-template <typename Task>
 struct KeyWorker {
   const Pieces& pieces;
   const RowReduction& reduction;
@@ -150,9 +149,9 @@ struct KeyWorker {
         Task* const task = tasks + j * blocks;
         task->ahead.clear();
         if (j + 1 < heads)
-          task->template list_side<Side::K>(c, c.pool->k_head);
+          task->list_side<Side::K>(c, c.pool->k_head);
         else if (more)
-          task->template list_side<Side::K>(next, 0);
+          task->list_side<Side::K>(next, 0);
         for (int64_t k = 0; k < blocks; ++k) task[k].scores(c);
         task->ahead.take_rest();
         if (p.best_of_page)
@@ -194,11 +193,6 @@ struct KeyWorker {
     return most;
   }
 };
-
-template <typename Fn>
-void with_key_worker(const AttentionParams& a, Fn&& f) {
-  with_task(a, [&](auto task) { f(Type<KeyWorker<typename decltype(task)::type>>{}); });
-}
 
 // ---- label caches
 
@@ -295,8 +289,7 @@ int64_t score_tokens_workspace_cpu(const ScoreTokensParams& p, const CpuExec& ex
   } else {
     const AttentionParams a = as_attention(p);
     const Pieces pieces = pieces_of_keys(p, exec);
-    with_key_worker(a,
-                    [&](auto w) { worker = typename decltype(w)::type(pieces, reduction, a, {nullptr}).arena.used; });
+    worker = KeyWorker(pieces, reduction, a, {nullptr}).arena.used;
   }
   return arena.used + exec.threads * worker;
 }
@@ -311,10 +304,7 @@ void score_tokens_cpu(const ScoreTokensParams& p, const CpuExec& exec) {
   } else {
     const AttentionParams a = as_attention(p);
     const Pieces pieces = pieces_of_keys(p, exec);
-    with_key_worker(a, [&](auto w) {
-      using Worker = typename decltype(w)::type;
-      over_threads(exec, pieces, arena, [&](Arena own) { return Worker(pieces, reduction, a, own); });
-    });
+    over_threads(exec, pieces, arena, [&](Arena own) { return KeyWorker(pieces, reduction, a, own); });
   }
   reduction.finish(exec, [&](int64_t b) { return items_of(p, b); });
 }

@@ -25,6 +25,9 @@ struct F {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
   static F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static F load_e5m3(const uint8_t* p) {  // core/scale.h
+    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 7));
+  }
   static F load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
@@ -134,6 +137,9 @@ struct F {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static F load_e5m3(const uint8_t* p) {
+    return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7));
+  }
   static F load_u8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }
@@ -255,6 +261,9 @@ struct F {
   }
   static F load_f16(const uint16_t* p) {
     return each([&](int i) { return f16_to_float(p[i]); });
+  }
+  static F load_e5m3(const uint8_t* p) {
+    return each([&](int i) { return f16_to_float(static_cast<uint16_t>(p[i] << 7)); });
   }
   static F load_u8(const uint8_t* p) {
     return each([&](int i) { return static_cast<float>(p[i]); });
