@@ -314,8 +314,10 @@ struct Task {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       uint8_t* side = const_cast<uint8_t*>(pc.side(which));
-      for (int j = 0; j < pc.n; ++j)
-        decode_stored(codec, {nullptr, side, pc.token + j, KeyTransform{}}, decoded + (pc.col + j) * D);
+      for (int j = 0; j < pc.n; ++j) {
+        const Row row{nullptr, side, pc.token + j, KeyTransform{}};
+        decode_stored(codec, &row, 1, decoded + (pc.col + j) * D);
+      }
     }
   }
 #endif

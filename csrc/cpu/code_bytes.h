@@ -182,15 +182,32 @@ KK_INLINE void unpack_codes(const uint8_t* low, const uint8_t* high, F* c) {
 
 // ---- trits
 
-// code[n + 4], zeros behind n.
-inline void pack_trit_bytes(const uint8_t* code, int64_t n, uint8_t* low) {
-  for (int64_t i = 0; i < n; i += 5) {
-    uint64_t five;
-    memcpy(&five, code + i, 8);
-    // byte 4 of the product is 81 t0 + 27 t1 + 9 t2 + 3 t3 + t4; nothing is carried into it
-    const uint64_t v = five * 0x511b090301u >> 32 & 255u;
-    low[i / 5] = static_cast<uint8_t>((v * 256 + 242) / 243);
-  }
+// n codes, and 24 zeros behind them.
+template <int n>
+KK_INLINE void pack_trit_bytes(const uint8_t* code, uint8_t* low) {
+#if defined(__AVX2__)
+  constexpr int total = (n + 4) / 5, steps = (total + 3) / 4;  // byte q steps + m is byte m of number q
+  const __m256i weight = _mm256_set1_epi64x(0x0103091b51);     // 81 27 9 3 1, and 0 for what follows
+  __m256i bytes = _mm256_setzero_si256();
+  each<steps>([&](auto m) {
+    const auto five = [&](int q) {
+      int64_t w;
+      memcpy(&w, code + 5 * (q * steps + m), 8);
+      return w;
+    };
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set_epi64x(five(3), five(2), five(1), five(0)), weight);
+    const __m256i v = _mm256_sad_epu8(pairs, _mm256_setzero_si256());
+    const __m256i b = _mm256_add_epi64(_mm256_mul_epu32(v, _mm256_set1_epi64x(69043)), _mm256_set1_epi64x(65535));
+    bytes = _mm256_or_si256(bytes, _mm256_slli_epi64(_mm256_srli_epi64(b, 16), 8 * m));
+  });
+  alignas(32) uint64_t number[4];
+  uint8_t all[3 * steps + 8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(number), bytes);
+  for (int q = 0; q < 4; ++q) memcpy(all + q * steps, &number[q], 8);
+  memcpy(low, all, total);
+#else
+  pack_trits(code, n, low);
+#endif
 }
 
 #if defined(__AVX2__)
@@ -238,8 +255,8 @@ KK_INLINE void pack_row(const F* c, uint8_t* low, uint8_t* high) {
   constexpr int unit = F::W / 2;  // bytes that 4 W codes take, per bit of a code
   if constexpr (Grid::bits == 0) {
     static_assert(N % 4 == 0);
-    alignas(64) uint8_t code[N * F::W + 8];
-    memset(code + N * F::W, 0, 8);
+    alignas(64) uint8_t code[N * F::W + 24];
+    memset(code + N * F::W, 0, 24);
 #if defined(__AVX2__)
     each<N / 4>([&](auto j) {
       F y[4];
@@ -253,7 +270,7 @@ KK_INLINE void pack_row(const F* c, uint8_t* low, uint8_t* high) {
       (floor_small(inside) + F::fill(1.0f)).store_u8(code + i * F::W);
     }
 #endif
-    pack_trit_bytes(code, N * F::W, low);
+    pack_trit_bytes<N * F::W>(code, low);
   } else if constexpr (N < 4) {
     F padded[4];
     uint8_t low_bytes[unit * Grid::low_bits], high_bytes[unit];

@@ -58,10 +58,11 @@ void encode_rotated(const RowCodec& at, const Row* rows, int64_t n, int64_t name
 }
 
 void decode_rotated(const RowCodec& at, const Row* rows, int64_t n) {
-  alignas(64) float x[256];
-  for (const Row* r = rows; r < rows + n; ++r) {
-    decode_stored(at, *r, x);
-    at.from_stored(x, *r);
+  alignas(64) float x[kBlock * 256];
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t m = n - first < kBlock ? n - first : kBlock;
+    decode_stored(at, rows + first, m, x);
+    for (int64_t r = 0; r < m; ++r) at.from_stored(x + r * at.head_dim, rows[first + r]);
   }
 }
 

@@ -19,7 +19,7 @@ struct RowCodec;
 // bytes from the side's begin to the first, and from one to the next.
 struct Group {
   void (*encode)(const Group&, const float* x, int64_t stride, const Row* rows, int64_t n);
-  void (*decode)(const Group&, const Row& row, float* x);
+  void (*decode)(const Group&, const Row* rows, int64_t n, float* x, int64_t stride);
   int64_t channel;  // the first
   int64_t low, high, scale;
   int64_t low_stride, high_stride, scale_stride;
@@ -43,9 +43,10 @@ struct RowCodec {
 
 RowCodec row_codec(Format, Side, DType, int64_t page_size, int64_t head_dim);
 
-// A token of a rotated format in fp32, still rotated.
-inline void decode_stored(const RowCodec& codec, const Row& row, float* x) {
-  for (int g = 0; g < codec.num_groups; ++g) codec.groups[g].decode(codec.groups[g], row, x + codec.groups[g].channel);
+// Tokens of a rotated format -> x [n][head_dim] in fp32, still rotated.
+inline void decode_stored(const RowCodec& codec, const Row* rows, int64_t n, float* x) {
+  for (int g = 0; g < codec.num_groups; ++g)
+    codec.groups[g].decode(codec.groups[g], rows, n, x + codec.groups[g].channel, codec.head_dim);
 }
 
 // One side of a pool: where the rows of (page, head, token) are and how they are coded.

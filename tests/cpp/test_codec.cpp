@@ -176,9 +176,7 @@ bool same_number(const uint8_t* a, const uint8_t* b, DType t) {
 Format key_format(Format format) { return format == Format::kivi2 ? Format::f16 : format; }
 Format value_format(Format format) {
   bool keys_only = false;
-  with_format(format, [&](auto tag) {
-    if constexpr (decltype(tag)::packed) keys_only = decltype(tag)::keys_only;
-  });
+  with_format(format, [&](auto tag) { keys_only = decltype(tag)::keys_only; });
   return keys_only ? Format::f16 : format;
 }
 
