@@ -37,22 +37,22 @@ inline constexpr DType kPlainType<f16> = DType::f16;
 
 void encode_rotated(const RowCodec& at, const Row* rows, int64_t n, int64_t named) {
   alignas(64) float x[kBlock * 256];
-  for (int64_t first = 0; first < n; first += kBlock, rows += kBlock, named -= kBlock) {
+  for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t m = n - first < kBlock ? n - first : kBlock;
     for (int64_t r = 0; r < (m + kRows - 1) / kRows * kRows; ++r) {  // the last row fills up those coded together
-      if (r + kBlock < named) {
-        const Row& next = rows[r + kBlock];
+      if (first + r + kBlock < named) {
+        const Row& next = rows[first + r + kBlock];
         for (int64_t i = 0; i < at.head_dim * at.element_bytes; i += 64) __builtin_prefetch(next.x + i);
         for (int g = 0; g < at.num_groups; ++g) {
           __builtin_prefetch(next.side + at.groups[g].low + next.token * at.groups[g].low_stride, 1);
           __builtin_prefetch(next.side + at.groups[g].scale + next.token * at.groups[g].scale_stride, 1);
         }
       }
-      at.to_stored(rows[r < m ? r : m - 1], x + r * at.head_dim);
+      at.to_stored(rows[first + (r < m ? r : m - 1)], x + r * at.head_dim);
     }
     for (int g = 0; g < at.num_groups; ++g) {
       const Group& group = at.groups[g];
-      group.encode(group, x + group.channel, at.head_dim, rows, m);
+      group.encode(group, x + group.channel, at.head_dim, rows + first, m);
     }
   }
 }
