@@ -459,9 +459,13 @@ int run() {
         for (bool transform : {false, true}) test_rows(f, t, D, transform);
   for (Format f : {Format::bf16, Format::f16})
     for (int64_t D : {80, 96, 112, 192}) test_rows(f, DType::f32, D, false);
-  for (Format a : formats)
-    for (Format b : formats)
-      for (int64_t D : {64, 128, 256}) test_pack(a, b, D);
+  for (Format a : formats) {
+    for (Format b : formats) test_pack(a, b, 64);
+    for (int64_t D : {128, 256}) {
+      test_pack(a, Format::bf16, D);
+      test_pack(Format::bf16, a, D);
+    }
+  }
   for (DType t : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
     for (int64_t n = 1; n <= 32768; n *= 2) test_fwht(n, t);
     for (int64_t m : {12, 20, 28, 40})
