@@ -1,6 +1,6 @@
 // Keys of any format as columns of score_rows.cuh: 16 tokens of a KV head at a time. 16-bit keys and kivi2 are multiplied
 // with the queries as they are, in units of 32 channels and runs of 8; rotated formats with rotated queries, in units of a
-// scale group, so that a lane has a quarter of a token's codes in one piece.
+// scale group, so that a lane has a quarter of its codes in one piece.
 #pragma once
 #include "cuda/codec.cuh"
 #include "cuda/score_rows.cuh"
@@ -10,36 +10,29 @@ namespace kk::cuda {
 constexpr int kPlainRun = 2;
 KK_HD int plain_steps(int head_dim) { return (head_dim + 31) / 32 * kPlainRun; }
 
-template <typename Fmt>
-inline constexpr bool kScored = Fmt::rotated;
-template <>
-inline constexpr bool kScored<b1> = false;
-template <>
-inline constexpr bool kScored<t1> = false;
-template <>
-inline constexpr bool kScored<u2_e5m3> = false;
-template <>
-inline constexpr bool kScored<t1_e5m3> = false;
-template <>
-inline constexpr bool kScored<b1_e5m3> = false;
-template <>
-inline constexpr bool kScored<m31> = false;
-template <>
-inline constexpr bool kScored<m42> = false;
-template <>
-inline constexpr bool kScored<m21> = false;
-
 // Where a token is.
 struct KeyPlace {
   const uint8_t* page;  // K side, or null: there is no such token
   int token;
 };
 
+// A rotated key is multiplied in units, the groups of its scales. 4 run channels of a unit are a lane's.
+template <typename Fmt, int D>
+struct Units {
+  static constexpr int part_dim = D / Fmt::parts, channels = part_dim < kScaleGroup ? part_dim : kScaleGroup;
+  static constexpr int of_part = part_dim / channels, count = of_part * Fmt::parts, run = channels / 16;
+  template <int unit>
+  using Codes = typename Fmt::template Part<unit / of_part>;
+};
+
+// Runs of formats of one part, and of two.
+KK_HD constexpr int unit_run(int D, int parts) { return (D / parts < kScaleGroup ? D / parts : kScaleGroup) / 16; }
+
 // The codes of a word in their order, as pairs of bf16, less the offset of the grid. u3: its low bits, and half a word of the
-// high ones.
-template <typename Fmt, int N>
+// high ones. Trits: in two bits each.
+template <typename Grid, int N>
 __device__ __forceinline__ void unpack_codes(uint32_t word, uint32_t high, uint32_t (&pairs)[N]) {
-  if constexpr (Fmt::bits == 8) {
+  if constexpr (Grid::bits == 8) {
     // Code u is u - 128 as a signed byte, and means half more.
     word ^= 0x80808080u;
     const uint32_t even = signed_bytes(word), odd = signed_bytes(word >> 8);
@@ -47,15 +40,15 @@ __device__ __forceinline__ void unpack_codes(uint32_t word, uint32_t high, uint3
     pairs[1] = add_bf16(high_halves(even, odd), 0x3f003f00u);
   } else {
     // 64 + code, where the lowest bit of bf16 means a half, less 64 + offset: codes i and i + N at a time.
-    constexpr uint32_t code = (1u << (Fmt::Grid::low_bits + 1)) - 2u;
-    constexpr uint32_t offset = 0xc280u + static_cast<uint32_t>(2 * Fmt::Grid::offset);
-    if constexpr (Fmt::bits == 3) high = __byte_perm(high, 0, 0x4140) << 3;
+    constexpr uint32_t code = (1u << (kCodeBits<Grid> + 1)) - 2u;
+    constexpr uint32_t offset = 0xc280u + static_cast<uint32_t>(2 * Grid::offset);
+    if constexpr (Grid::bits == 3) high = __byte_perm(high, 0, 0x4140) << 3;
     uint32_t apart[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const int shift = Fmt::Grid::low_bits * i - 1;
+      const int shift = kCodeBits<Grid> * i - 1;
       uint32_t x = (shift < 0 ? word << 1 : word >> shift) & (code * 0x10001u);
-      if constexpr (Fmt::bits == 3) x |= high >> i & 0x00080008u;
+      if constexpr (Grid::bits == 3) x |= high >> i & 0x00080008u;
       apart[i] = add_bf16(x | 0x42804280u, offset * 0x10001u);
     }
 #pragma unroll
@@ -69,11 +62,10 @@ __device__ __forceinline__ void unpack_codes(uint32_t word, uint32_t high, uint3
 // What a lane has read of 16 tokens, in two tiles of 8 columns. MaxD: 64, 128 or 256; packed formats have that head_dim.
 template <int MaxD>
 struct Keys {
-  static constexpr int kGroups = MaxD > 128 ? 2 : 1, kRun = MaxD > 64 ? 8 : 4;  // of rotated formats
-  static constexpr int kSteps = MaxD / 16;
+  static constexpr int kSteps = MaxD / 16, kUnitWords = MaxD / 16;
 
   uint32_t w[2][MaxD / 8];
-  uint2 scales[2];  // rotated formats: of columns 2 t and 2 t + 1, all groups
+  uint32_t scales[2][2];  // of the units of a rotated key: fp16, of columns 2 t and 2 t + 1
 
   template <typename Piece>
   __device__ __forceinline__ void load_piece(int tile, int at, const uint8_t* p) {
@@ -94,35 +86,71 @@ struct Keys {
     }
   }
 
-  // Of the 8 tokens from `first` on. A group takes kRun words, u3's high bits are in the fifth of them.
+  // Of the 8 tokens from `first` on. The codes of a unit begin at word kUnitWords * unit, u3's high bits follow.
   template <typename Fmt>
   __device__ __forceinline__ void load_codes(int tile, int64_t page_size, const KeyPlace& first) {
-    constexpr int kBytes = 4 * kRun * Fmt::Grid::low_bits / 8;  // of a lane and group
-    using Piece = std::conditional_t<kBytes >= 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
-    const int64_t token = first.token + threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const int c = group * kScaleGroup + threadIdx.x % 4 * 4 * kRun;
-      const uint8_t* low = first.page + (token * MaxD + c) * Fmt::Grid::low_bits / 8;
-#pragma unroll
-      for (int i = 0; i < kBytes; i += sizeof(Piece)) load_piece<Piece>(tile, kRun * group + i / 4, low + i);
-      if constexpr (Fmt::bits == 3) {
-        using High = std::conditional_t<kRun == 8, uint32_t, uint16_t>;
-        const uint8_t* high = first.page + Fmt::plane1_offset(page_size, MaxD) + (token * MaxD + c) / 8;
-        w[tile][kRun * group + kRun / 2] = __ldg(reinterpret_cast<const High*>(high));
-      }
-    }
-    const uint8_t* scale =
-        first.page + Fmt::scales_offset(page_size, MaxD) + (first.token + threadIdx.x % 4 * 2) * 2 * kGroups;
-    if constexpr (kGroups == 2)
-      scales[tile] = __ldg(reinterpret_cast<const uint2*>(scale));
-    else
-      scales[tile].x = __ldg(reinterpret_cast<const uint32_t*>(scale));
+    load_unit<Fmt, 0>(tile, page_size, first);
+    if constexpr (Units<Fmt, MaxD>::count == 2) load_unit<Fmt, 1>(tile, page_size, first);
   }
 
-  __device__ __forceinline__ float scale(int tile, int column, int group) const {
-    const uint32_t both = kGroups == 2 && column == 1 ? scales[tile].y : scales[tile].x;
-    return __half2float(__ushort_as_half(static_cast<uint16_t>(both >> (16 * (kGroups == 2 ? group : column)))));
+  template <typename Fmt, int unit>
+  __device__ __forceinline__ void load_unit(int tile, int64_t page_size, const KeyPlace& first) {
+    using U = Units<Fmt, MaxD>;
+    using Codes = typename U::template Codes<unit>;
+    using Grid = typename Codes::Grid;
+    constexpr int group = unit % U::of_part, lane_channels = 4 * U::run, D = U::part_dim;
+    const uint8_t* side = first.page + Fmt::part_offset(unit / U::of_part, page_size, MaxD);
+    const int64_t token = first.token + threadIdx.x % 32 / 4;
+    const uint8_t* low = side + token * Codes::low_row(D) + group * Grid::low_bytes(U::channels);
+    constexpr int at = kUnitWords * unit;
+    if constexpr (std::is_same_v<Grid, Ternary>)
+      load_trits<lane_channels>(tile, at, low);
+    else
+      load_bytes<lane_channels * Grid::low_bits / 8>(tile, at, low);
+    if constexpr (Grid::bits == 3)
+      load_bytes<lane_channels / 8>(tile, at + (U::run + 3) / 4,
+                                    side + Codes::plane1_offset(page_size, D) + token * Codes::high_row(D) +
+                                        group * Grid::high_bytes(U::channels));
+    // Columns 2 t and 2 t + 1, where a token has of_part scales.
+    using Bits = typename Codes::Scale::Bits;
+    const uint8_t* scale = side + Codes::scales_offset(page_size, D) +
+                           ((first.token + threadIdx.x % 4 * 2) * U::of_part + group) * sizeof(Bits);
+    const uint32_t a = __ldg(reinterpret_cast<const Bits*>(scale));
+    const uint32_t b = __ldg(reinterpret_cast<const Bits*>(scale) + U::of_part);
+    scales[tile][unit] = sizeof(Bits) == 1 ? (a | b << 16) << 7 : a | b << 16;
+  }
+
+  // Of N bytes for each lane of the quad, this lane's.
+  template <int N>
+  __device__ __forceinline__ void load_bytes(int tile, int at, const uint8_t* row) {
+    using Piece = std::conditional_t<(N >= 16), uint4, typename Word<(N < 16 ? N : 8)>::type>;
+    const uint8_t* p = row + threadIdx.x % 4 * N;
+    if constexpr (N < 4) {
+      w[tile][at] = __ldg(reinterpret_cast<const Piece*>(p));
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i += sizeof(Piece)) load_piece<Piece>(tile, at + i / 4, p + i);
+    }
+  }
+
+  // The lane's 16 or 32 trits, two bits each. They begin in the middle of a byte.
+  template <int N>
+  __device__ __forceinline__ void load_trits(int tile, int at, const uint8_t* row) {
+    const int first = threadIdx.x % 4 * N, skip = first % 5;
+    const uint8_t* p = row + first / 5;
+    constexpr int bytes = N / 4;  // the last of them may lie behind the row, where the page goes on
+    uint32_t codes[3] = {};       // of three bytes each
+#pragma unroll
+    for (int i = 0; i < bytes; ++i) codes[i / 3] |= static_cast<uint32_t>(__ldg(p + i)) << (i % 3 * 10);
+#pragma unroll
+    for (int i = 0; i < (bytes + 2) / 3; ++i) codes[i] = unpack_trits(codes[i]);
+    const uint32_t second = codes[1] >> 2 | codes[2] << 28;
+    w[tile][at] = __funnelshift_r(codes[0] | codes[1] << 30, second, 2 * skip);
+    if constexpr (N == 32) w[tile][at + 1] = __funnelshift_r(second, codes[2] >> 4, 2 * skip);
+  }
+
+  __device__ __forceinline__ float scale(int tile, int column, int unit) const {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(scales[tile][unit] >> (16 * column))));
   }
 
   // bf16 rows, or, where `f16`, of f16: a number of 11 bits is two of 8.
@@ -151,21 +179,23 @@ struct Keys {
     }
   }
 
-  // Codes of a group, without its scales.
-  template <typename Fmt>
-  __device__ __forceinline__ void multiply_codes(const QueryTile& q, int group, Sums (&sums)[2]) const {
-    constexpr int kWordSteps = 8 / Fmt::Grid::low_bits;
+  // Codes of a unit, without its scales.
+  template <typename Fmt, int unit>
+  __device__ __forceinline__ void multiply_codes(const QueryTile& q, Sums (&sums)[2]) const {
+    using U = Units<Fmt, MaxD>;
+    using Grid = typename U::template Codes<unit>::Grid;
+    constexpr int word_steps = 8 / kCodeBits<Grid>, at = kUnitWords * unit;
 #pragma unroll
-    for (int k = 0; k < kRun / kWordSteps; ++k) {
-      uint32_t pairs[2][2 * kWordSteps];
+    for (int k = 0; k < (U::run + word_steps - 1) / word_steps; ++k) {
+      uint32_t pairs[2][2 * word_steps];
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const uint32_t high = Fmt::bits == 3 ? w[tile][kRun * group + kRun / 2] >> (16 * k) : 0;
-        unpack_codes<Fmt>(w[tile][kRun * group + k], high, pairs[tile]);
+        const uint32_t high = Grid::bits == 3 ? w[tile][at + (U::run + 3) / 4] >> (16 * k) : 0;
+        unpack_codes<Grid>(w[tile][at + k], high, pairs[tile]);
       }
 #pragma unroll
-      for (int s = 0; s < kWordSteps; ++s)
-        multiply<2, 1>(q, group * kRun + k * kWordSteps + s,
+      for (int s = 0; s < word_steps && s < U::run; ++s)
+        multiply<2, 1>(q, unit * U::run + k * word_steps + s,
                        {{{pairs[0][2 * s], pairs[0][2 * s + 1]}}, {{pairs[1][2 * s], pairs[1][2 * s + 1]}}}, sums);
     }
   }

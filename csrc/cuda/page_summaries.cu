@@ -41,9 +41,8 @@ __device__ __forceinline__ float largest(const float (&x)[8]) {
 
 // f(x) for the keys of the run, one token after the other; by a warp. Several are read at once: a sequence that grows has
 // one page to summarise, and waits for its loads.
-template <int L, typename F>
+template <int L, int kBatch, typename F>
 __device__ __forceinline__ void each_key(const Args& a, int64_t b, int head, const Run& run, F&& f) {
-  constexpr int kBatch = 4;
   const bool active = head < a.heads;
   const int32_t* table = a.page_table + b * a.table_stride;
   Slot at = locate(run.begin, a.page_size);
@@ -94,7 +93,7 @@ __device__ __forceinline__ void summarise_minmax(const Args& a, int64_t b, int h
   float hi[8], lo[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) hi[i] = -INFINITY, lo[i] = INFINITY;
-  each_key<L>(a, b, head, run, [&](const float (&x)[8]) {
+  each_key<L, 4>(a, b, head, run, [&](const float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       hi[i] = max_or_nan(x[i], hi[i]);
@@ -122,7 +121,7 @@ template <int L>
 __device__ __forceinline__ void summarise_mean(const Args& a, int64_t b, int head, const Run& run, uint8_t* record) {
   const int lane = threadIdx.x % L, c = lane * kPerLane;
   float sum[8] = {};
-  each_key<L>(a, b, head, run, [&](const float (&x)[8]) {
+  each_key<L, 4>(a, b, head, run, [&](const float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum[i] += x[i];
   });
@@ -188,7 +187,7 @@ __device__ __forceinline__ void summarise_channels(const Args& a, int64_t b, int
     if (token % 2 == 1) make_pair(token - 1);
     ++token;
   };
-  each_key<L>(a, b, head, run, put);
+  each_key<L, 2>(a, b, head, run, put);
   const float zeros[8] = {};
   while (token < a.page_size || token % 2 == 1) put(zeros);
 }

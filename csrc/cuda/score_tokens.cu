@@ -19,7 +19,7 @@ struct Args : ScoreTokensParams {
   Items tokens;
   uint32_t heads = 0, chunks = 0, rounds = 0;  // a block takes 128 tokens `rounds` times
   PoolSide side[kMaxPools] = {};
-  int plain_digits = 0, rotated_digits = 0;  // 0: no pool needs such queries
+  int plain_digits = 0, parts_digits[2] = {};  // of q, and of q' for formats of one part and of two; 0: none need it
   bool some_f16 = false, transform_vector = false;
   int64_t record_bytes = 0;  // of a label cache
 
@@ -27,40 +27,76 @@ struct Args : ScoreTokensParams {
       : ScoreTokensParams(p), rows(p), sink(s), tokens(i) {}
 };
 
-// q of a tile, and q' = H (q / t) with q.mu, so that q.k = q'.k' + q.mu.
-__device__ __forceinline__ void build_queries(const Args& a, const QueryTile& plain, const QueryTile& rotated,
-                                              float* bias, int64_t b, int h, int tile) {
+// The queries of a tile of rows, as formats want them; digits = 0: no pool has such a format.
+struct Queries {
+  QueryTile plain, rotated, halves;  // q; q' = H (q / t); q' of formats of two parts
+
+  __device__ Queries(const Args& a, uint4* data)
+      : plain{data, a.plain_digits, plain_steps(static_cast<int>(a.D)), kPlainRun},
+        rotated(behind(plain, a, a.parts_digits[0], 1)),
+        halves(behind(rotated, a, a.parts_digits[1], 2)) {}
+
+ private:
+  static __device__ QueryTile behind(const QueryTile& q, const Args& a, int digits, int parts) {
+    const int D = static_cast<int>(a.D);
+    return {q.data + QueryTile::bytes(q.digits, q.steps) / 16, digits, D / 16, unit_run(D, parts)};
+  }
+};
+
+// This lane's channels of q', before the rotation, and its part of q.mu.
+__device__ __forceinline__ float load_balanced(const Args& a, int64_t b, int h, int row, int c, const int32_t* order,
+                                               float (&x)[8]) {
+  const int64_t at = static_cast<int64_t>(h) * a.D;
+  float y[8], dot = 0.0f;
+  if (order) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int from = order[at + c + i];
+      x[i] = a.rows.element(a, b, h, row, from);
+      if (a.transform.centre) dot = fmaf(x[i], a.transform.centre[at + from], dot);
+      if (a.transform.balance) x[i] = x[i] / a.transform.balance[at + from];
+    }
+    return dot;
+  }
+  a.rows.load(a, b, h, row, c, x);
+  if (a.transform.centre) {
+    load8<DType::f32>(a.transform.centre + at + c, a.transform_vector, y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) dot = fmaf(x[i], y[i], dot);
+  }
+  if (a.transform.balance) {
+    load8<DType::f32>(a.transform.balance + at + c, a.transform_vector, y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = x[i] / y[i];
+  }
+  return dot;
+}
+
+// q of a tile, q' = H (q / t) of formats of one part and of two, and q.mu, so that q.k = q'.k' + q.mu.
+__device__ __forceinline__ void build_queries(const Args& a, const Queries& q, float (&bias)[2][kTileRows], int64_t b,
+                                              int h, int tile) {
   const int D = static_cast<int>(a.D), padded = plain_steps(D) * 16, lanes = D / kPerLane;
   float x[8];
-  if (plain.digits)
+  if (q.plain.digits)
     for (int i = threadIdx.x; i < kTileRows * padded / kPerLane; i += kScoreThreads) {
       const int row = i * kPerLane / padded, c = i * kPerLane % padded;
       a.rows.load(a, b, h, tile + row, c, x);
-      plain.put(0, row, c, x);
+      q.plain.put(0, row, c, x);
     }
-  if (!rotated.digits) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = 32 / lanes;
-  for (int first = warp * rows; first < kTileRows; first += kScoreWarps * rows) {
-    const int row = first + lane / lanes, c = lane % lanes * kPerLane;
-    const int64_t at = static_cast<int64_t>(h) * D + c;
-    a.rows.load(a, b, h, tile + row, c, x);
-    float y[8], dot = 0.0f;
-    if (a.transform.centre) {
-      load8<DType::f32>(a.transform.centre + at, a.transform_vector, y);
+  for (int parts = 1; parts <= 2; ++parts) {
+    const QueryTile rotated = parts == 1 ? q.rotated : q.halves;
+    if (!rotated.digits) continue;
+    for (int first = warp * rows; first < kTileRows; first += kScoreWarps * rows) {
+      const int row = first + lane / lanes, c = lane % lanes * kPerLane;
+      const float dot = load_balanced(a, b, h, tile + row, c, parts == 2 ? a.transform.order : nullptr, x);
+      const float sum = fold_lanes(dot, lanes, [](float p, float q) { return p + q; });
+      if (c == 0) bias[parts - 1][row] = sum;
+      hadamard(x, D / parts);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) dot = fmaf(x[i], y[i], dot);
+      for (int i = 0; i < 8; ++i) x[i] *= fwht_scale(D / parts);
+      rotated.put(0, row, c, x);
     }
-    dot = fold_lanes(dot, lanes, [](float p, float q) { return p + q; });
-    if (c == 0) bias[row] = dot;
-    if (a.transform.balance) {
-      load8<DType::f32>(a.transform.balance + at, a.transform_vector, y);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = x[i] / y[i];
-    }
-    hadamard(x, D);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] *= fwht_scale(D);
-    rotated.put(0, row, c, x);
   }
 }
 
@@ -68,7 +104,7 @@ template <int MaxD>
 __global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_kernel(__grid_constant__ const Args a) {
   KK_DYN_SMEM(uint4, smem);
   KK_SHARED(float, columns, [kScoreWarps][8][kWarpItems]);
-  KK_SHARED(float, bias, [kTileRows]);
+  KK_SHARED(float, bias, [2][kTileRows]);  // q.mu, summed in the order of each kind of q'
   const int h = static_cast<int>(blockIdx.x % a.heads), lane = threadIdx.x % 32, g = lane / 4;
   const int64_t b = blockIdx.x / a.heads / a.chunks, head = b * a.heads + h;
   const uint32_t count = a.tokens.count(b), block = a.rounds * kBlockItems;
@@ -77,9 +113,7 @@ __global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_
   if (begin >= count) return;
 
   const int D = static_cast<int>(a.D);
-  const QueryTile plain{smem, a.plain_digits, plain_steps(D), kPlainRun};
-  const QueryTile rotated{smem + QueryTile::bytes(plain.digits, plain.steps) / 16, a.rotated_digits, Keys<MaxD>::kSteps,
-                          Keys<MaxD>::kRun};
+  const Queries queries(a, smem);
   // Steps of the warp, two for each round of 32 tokens.
   const int warp = threadIdx.x / 32;
   const auto own = [&](int step) { return begin + (step / 2 * kScoreWarps + warp) * kWarpItems; };
@@ -113,7 +147,7 @@ __global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_
     // Packed pages have multiples of 16 tokens: those of a step lie in one.
     switch_format(format, [&](auto fmt) {
       using Fmt = decltype(fmt);
-      if constexpr (kScored<Fmt>) {
+      if constexpr (Fmt::rotated) {
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile)
           keys.template load_codes<Fmt>(tile, a.page_size, {first.page, first.token + tile * kColumns});
@@ -133,32 +167,39 @@ __global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_
   const int tiles = (a.rows.rows + kTileRows - 1) / kTileRows;
   for (int row_tile = 0; row_tile < tiles; ++row_tile) {
     if (row_tile > 0) __syncthreads();
-    build_queries(a, plain, rotated, bias, b, h, row_tile * kTileRows);
+    build_queries(a, queries, bias, b, h, row_tile * kTileRows);
     __syncthreads();
     for (int step = 0; step < steps; ++step) {
       float x[2][4] = {};
       switch_format(format, [&](auto fmt) {
         using Fmt = decltype(fmt);
-        constexpr int groups = kScored<Fmt> ? Keys<MaxD>::kGroups : 1;
+        if constexpr (Fmt::rotated) {
+          const auto add_unit = [&](auto number) {
+            constexpr int unit = decltype(number)::value;
+            Sums sums[2];
+            keys.template multiply_codes<Fmt, unit>(Fmt::parts == 1 ? queries.rotated : queries.halves, sums);
 #pragma unroll
-        for (int group = 0; group < groups; ++group) {
+            for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const float base = unit == 0 ? bias[Fmt::parts - 1][g + i / 2 * 8] : x[tile][i];
+                x[tile][i] = fmaf(keys.scale(tile, i % 2, unit), sums[tile].value(i), base);
+              }
+          };
+          add_unit(Int<0>{});
+          if constexpr (Units<Fmt, MaxD>::count == 2) add_unit(Int<1>{});
+        } else {
           Sums sums[2];
-          if constexpr (kScored<Fmt>)
-            keys.template multiply_codes<Fmt>(rotated, group, sums);
-          else if constexpr (std::is_same_v<Fmt, kivi2>)
-            multiply_kivi2<MaxD>(plain, a.page_size, first, sums);
+          if constexpr (Fmt::packed)
+            multiply_kivi2<MaxD>(queries.plain, a.page_size, first, sums);
           else if (some_f16)
-            keys.template multiply_rows<true>(plain, D, f16, sums);
+            keys.template multiply_rows<true>(queries.plain, D, f16, sums);
           else
-            keys.template multiply_rows<false>(plain, D, f16, sums);
+            keys.template multiply_rows<false>(queries.plain, D, f16, sums);
 #pragma unroll
           for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float scale = kScored<Fmt> ? keys.scale(tile, i % 2, group) : 1.0f;
-              const float base = group > 0 ? x[tile][i] : kScored<Fmt> ? bias[g + i / 2 * 8] : 0.0f;
-              x[tile][i] = fmaf(scale, sums[tile].value(i), base);
-            }
+            for (int i = 0; i < 4; ++i) x[tile][i] = sums[tile].value(i);
         }
       });
       const bool last = step + 1 == steps;
@@ -259,14 +300,14 @@ void score_keys(Args& a, unsigned blocks, const CudaExec& exec) {
   for (int i = 0; i < a.num_pools; ++i) {
     a.side[i] = pool_side(op + std::to_string(i), a.pools[i], Side::K, a.transform, a.page_size, a.D);
     if (a.side[i].rotated)  // of 16-bit queries two digits are as good as themselves
-      a.rotated_digits = a.dtype == DType::f32 ? 3 : 2;
+      a.parts_digits[a.side[i].parts - 1] = a.dtype == DType::f32 ? 3 : 2;
     else
       a.plain_digits = digits_of(a.dtype);
-    if (a.side[i].format >= Format::b1) fail("score_tokens: no CUDA kernel yet for this format");
     a.some_f16 |= a.side[i].format == Format::f16;
   }
   const int D = static_cast<int>(a.D);
-  const int64_t smem = QueryTile::bytes(a.plain_digits, plain_steps(D)) + QueryTile::bytes(a.rotated_digits, D / 16);
+  const int64_t smem = QueryTile::bytes(a.plain_digits, plain_steps(D)) +
+                       QueryTile::bytes(a.parts_digits[0] + a.parts_digits[1], D / 16);
   const auto run = [&](auto kernel) {
     launch(kernel, dim3(blocks), dim3(kScoreThreads), static_cast<size_t>(smem), exec.stream, a);
   };
