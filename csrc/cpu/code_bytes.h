@@ -197,6 +197,7 @@ KK_INLINE void pack_trit_bytes(const uint8_t* code, uint8_t* low) {
     };
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set_epi64x(five(3), five(2), five(1), five(0)), weight);
     const __m256i v = _mm256_sad_epu8(pairs, _mm256_setzero_si256());
+    // b >> 16 is ceil(256 v / 243) for v up to 242
     const __m256i b = _mm256_add_epi64(_mm256_mul_epu32(v, _mm256_set1_epi64x(69043)), _mm256_set1_epi64x(65535));
     bytes = _mm256_or_si256(bytes, _mm256_slli_epi64(_mm256_srli_epi64(b, 16), 8 * m));
   });
