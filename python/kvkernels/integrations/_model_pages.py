@@ -224,9 +224,10 @@ class ModelPages:
             stored[:, :SINKS] = False
             keys = torch.cat([pages.read(layer.group.past, torch.float32)[0][stored], keys])
         keys = keys[:: max(-(-len(keys) // MAX_CALIBRATION), 1)]
-        if len(keys) >= MIN_CALIBRATION and layer.square is not None:
+        if len(keys) >= MIN_CALIBRATION:
             with lasting():
-                layer.transform = calibrate_keys(keys, layer.square.sqrt()[None], skip=0)
+                queries = None if layer.square is None else layer.square.sqrt()[None]
+                layer.transform = calibrate_keys(keys, queries, skip=0)
             pages.kv = pages.kv._replace(transform=layer.transform)
 
     def fork(self, src: Sequence[int]) -> None:
