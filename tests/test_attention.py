@@ -152,7 +152,7 @@ def test_decoding_in_steps_is_a_prefill(step: int) -> None:
     torch.testing.assert_close(got.double(), whole, rtol=LOOSE["rtol"], atol=LOOSE["atol"] + 2 * rounding(got))
 
 
-@pytest.mark.parametrize("formats", [("bf16",), ("u2",), ("bf16", "u2", "u4")], ids=["bf16", "u2", "mixed"])
+@pytest.mark.parametrize("formats", [("bf16",), ("u2",), ("bf16", "m31/t1", "u4")], ids=["bf16", "u2", "mixed"])
 @pytest.mark.parametrize("tree", plan_prefix.TREES)
 def test_a_plan_changes_nothing(tree: str, formats: tuple[str, ...]) -> None:
     """Shared tokens read once, against every sequence by itself."""

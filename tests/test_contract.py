@@ -1,6 +1,7 @@
 """What every op promises, over all ops and all their cases: right against the reference, poison left alone, the same
 bits for any thread count, usable by torch.compile. A new op is tested by being in kvkernels/ops."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from conftest import assert_as_good_as, rounding, tensors_of, to_device
 from torch import Tensor
 
 import kvkernels as kk
+from kvkernels.formats import CODECS
 from kvkernels.ops import OPS, _attention, _reference
 
 Case = dict[str, Any]
@@ -60,15 +62,15 @@ ALL_OPTIONS = {**_attention.TOGETHER, "Hq": 8, "head_map": (1, 0, 1, 1, 1, 1, 1,
 SPLIT: list[Case] = [
     {"formats": ("u2",), "Tq": 1},
     {"formats": ("bf16",), "Tq": 1},
-    {"formats": ("bf16", "u2", "u4"), "Tq": 3, "window": 500},
-    {"formats": ("kivi2", "u3/u2"), "Tq": 2, "softcap": 9.0, "sinks": True, "alibi": 2},
+    {"formats": ("bf16", "u2", "m31/t1"), "Tq": 3, "window": 500},
+    {"formats": ("kivi2", "u3/b1.e5m3"), "Tq": 2, "softcap": 9.0, "sinks": True, "alibi": 2},
     {"formats": ("f16 NHD",), "Tq": 1, "dtype": "bfloat16"},
     {**ALL_OPTIONS, "formats": ("bf16",)},
-    {**ALL_OPTIONS, "formats": ("bf16", "u2", "u4"), "transform": True},
+    {**ALL_OPTIONS, "formats": ("m42/u2", "t1", "u4"), "transform": True},
     {"op": "flash_decode", "cache": "bf16 MLA", "D": 576, "Hk": 1, "Hv": 1, "Hq": 16},
     {"op": "flash_decode", "cache": "bf16 NHD", "Hk": 4, "Hv": 2, "page_size": 5},
     {"op": "sparse_attention", "of": "pages", "formats": ("bf16",)},
-    {"op": "sparse_attention", "of": "tokens", "formats": ("bf16", "u2", "u4"), "transform": True, "Tq": 2},
+    {"op": "sparse_attention", "of": "tokens", "formats": ("bf16", "u2", "m31/t1"), "transform": True, "Tq": 2},
     {"op": "sparse_attention", "of": "entries", "formats": ("kivi2", "u3/u2"), "window": 900},
 ]
 
@@ -329,13 +331,16 @@ def test_cost_counts_something() -> None:
 @pytest.mark.once
 def test_page_bytes_agree() -> None:
     """The C++ size of a page is the Python one, for every pair of formats."""
-    for k in kk.formats():
-        for v in kk.formats():
-            fmt = kk.format(k.k, v.v)
-            for head_dim in (64, 128, 256):
-                for page_size in (16, 48, 256):
-                    got = torch.ops.kvkernels.page_bytes(k.code & 255, v.code & 255, page_size, head_dim)
-                    assert got == fmt.page_bytes(page_size, head_dim), (fmt.name, head_dim, page_size)
+    for k, v in itertools.product(CODECS.values(), CODECS.values()):
+        if v.KEYS_ONLY:
+            with pytest.raises(RuntimeError, match=f"{v.NAME} is a format for keys; its values need another one"):
+                torch.ops.kvkernels.page_bytes(k.NUMBER, v.NUMBER, 16, 64)
+            continue
+        fmt = kk.format(k.NAME, v.NAME)
+        for head_dim in (64, 128, 256):
+            for page_size in (16, 48, 256):
+                got = torch.ops.kvkernels.page_bytes(k.NUMBER, v.NUMBER, page_size, head_dim)
+                assert got == fmt.page_bytes(page_size, head_dim), (fmt.name, head_dim, page_size)
 
 
 def test_references_refuse_what_release_kernels_may_not_see() -> None:
@@ -367,6 +372,9 @@ def test_info() -> None:
     assert all("cpu" in op["backends"] for op in info["ops"].values())
     assert info["isa"] in info["isas"]
     assert info["formats"]["u2"]["bits_per_element"] == 2.125
+    assert info["formats"]["m31"]["bits_per_element"] == 2.125  # of keys, as it holds no values
+    assert "m31" in info["ops"]["write_kv"]["formats"]
+    assert "kivi2" not in info["ops"]["write_kv"]["formats"]
     text = str(info)
     assert all(name in text for name in (*OPS, *info["formats"]))
 

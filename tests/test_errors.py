@@ -11,6 +11,7 @@ from backends import CPU, DEVICE, GPU, Q_DTYPE
 from torch import Tensor
 
 import kvkernels as kk
+from kvkernels.formats import CODECS
 from kvkernels.ops import OPS
 
 Args = dict[str, Any]
@@ -54,7 +55,14 @@ def meta(t: Tensor) -> Tensor:
 
 U2, BF16, (K, V) = cache().pools
 Q, TABLE, LENS = (attention()[name] for name in ("q", "page_table", "seq_lens"))
-MU, T = cache().transform or (None, None)
+MU, T, _ = cache().transform
+ORDER = torch.arange(128, dtype=torch.int32).repeat(2, 1)
+
+
+def ordered(order: Tensor) -> Args:
+    return {"kv": cache(transform=kk.KVTransform(MU, T, order))}
+
+
 Q_NAME = str(Q_DTYPE).removeprefix("torch.")
 
 TREE = torch.ones(4, 1, dtype=torch.int32)
@@ -158,6 +166,7 @@ ATTENTION: list[tuple[Args, str]] = [
     # kv: the rest
     ({"kv": cache(formats=(kk.format("u4"), *cache().formats[1:]))}, "pool 0: pages of 2176 bytes, but u4/u4 with page_size 32 and head_dim 128 needs 4224"),
     ({"kv": cache(formats=(*cache().formats[:2], kk.format("u2")))}, "pool 2: two separate caches hold 16-bit formats, not u2/u2"),
+    ({"kv": cache(formats=(kk.Format("m42", "m42"), *cache().formats[1:]))}, "pool 0: m42 is a format for keys; its values need another one, such as u2"),
     ({"kv": cache(formats=cache().formats[:2])}, "kv has 3 pools, but 2 formats"),
     ({"kv": kk.PagedKV((), (), 32)}, "kv needs at least one pool"),
     ({"kv": kk.PagedKV((U2,) * 9, cache().formats[:1] * 9, 32)}, "kv has 9 pools, but a page table tells at most 8 apart"),
@@ -166,12 +175,19 @@ ATTENTION: list[tuple[Args, str]] = [
     ({"kv": kk.PagedKV((BF16,), cache().formats[1:2], 0)}, "page_size must be at least 1, got 0"),
     ({"kv": kk.PagedKV((K[..., :72],), (kk.format("bf16"),), 32), "q": Q[..., :72]}, "head_dim must be one of 64, 80, 96, 112, 128, 192, 256; got 72 from q.size(2)"),
     # transform
-    ({"kv": cache(transform=(MU.double(), T))}, "centre must be float32, got float64"),
-    ({"kv": cache(transform=(MU, T[:1]))}, "balance must be [Hkv, D], got [1, 128]; Hkv = 2 from pool 0.size(1)"),
-    ({"kv": cache(transform=(MU[:, :64], T))}, "centre must be [Hkv, D], got [2, 64]; D = 128 from q.size(2)"),
-    ({"kv": cache(transform=(MU, gaps(T)))}, "balance must be contiguous in its last dim"),
-    ({"kv": cache(transform=(MU, T.repeat(1, 2)[:, :128]))}, "balance must be contiguous, got strides [256, 1]"),
-    ({"kv": cache(transform=(meta(MU), T))}, "centre is on meta, but q is on cpu"),
+    ({"kv": cache(transform=kk.KVTransform(MU.double(), T))}, "centre must be float32, got float64"),
+    ({"kv": cache(transform=kk.KVTransform(MU, T[:1]))}, "balance must be [Hkv, D], got [1, 128]; Hkv = 2 from pool 0.size(1)"),
+    ({"kv": cache(transform=kk.KVTransform(MU[:, :64], T))}, "centre must be [Hkv, D], got [2, 64]; D = 128 from q.size(2)"),
+    ({"kv": cache(transform=kk.KVTransform(MU, gaps(T)))}, "balance must be contiguous in its last dim"),
+    ({"kv": cache(transform=kk.KVTransform(MU, T.repeat(1, 2)[:, :128]))}, "balance must be contiguous, got strides [256, 1]"),
+    ({"kv": cache(transform=kk.KVTransform(meta(MU), T))}, "centre is on meta, but q is on cpu"),
+    (ordered(ORDER.long()), "order must be int32, got int64"),
+    (ordered(ORDER[:1]), "order must be [Hkv, D], got [1, 128]; Hkv = 2 from pool 0.size(1)"),
+    (ordered(ORDER.repeat(1, 2)[:, :128]), "order must be contiguous, got strides [256, 1]"),
+    (ordered(meta(ORDER)), "order is on meta, but q is on cpu"),
+    (ordered(ORDER - 3), "order[0, 0] = -3 is no channel of D = 128"),
+    (ordered(ORDER + 1), "order[0, 127] = 128 is no channel of D = 128"),
+    *([(ordered(ORDER // 2), "order[0] is no permutation of the channels: it names 0 twice")] if kk.info()["asserts"] else []),
     # page_table
     ({"page_table": TABLE.long()}, "page_table must be int32, got int64"),
     ({"page_table": TABLE[0]}, "page_table must be [B, max_pages], got [3]"),
@@ -324,7 +340,9 @@ WRITE: list[tuple[Args, str]] = [
     ({"kv": pools(u2=gaps(U2))}, "pool must be contiguous in its last dim"),
     ({"kv": pools(u2=U2[:1].expand(5, 2, 2176))}, "pool is written, so its elements must not share memory"),
     ({"kv": cache(page_size=8)}, "page_size must be a multiple of 16, because pool is u2/u2; got 8"),
-    ({"kv": cache(transform=(MU, T.half()))}, "balance must be float32, got float16"),
+    ({"kv": cache(transform=kk.KVTransform(MU, T.half()))}, "balance must be float32, got float16"),
+    (ordered(ORDER[:, :64]), "order must be [Hkv, D], got [2, 64]; D = 128 from k.size(2)"),
+    ({"kv": cache(formats=(kk.Format("u2", "m31"), *cache().formats[1:]))}, "pool: m31 is a format for keys; its values need another one, such as u2"),
     ({"kv": KIVI}, "kivi2 codes the keys of a whole page at once, so they cannot be written token by token; write the tokens to a 16-bit pool and re-encode its full pages with pack_pages"),
     ({"pool": 2, "kv": pools(k=K.half())}, "k_cache of pool must be bfloat16, got float16"),
     ({"pool": 2, "kv": pools(v=V[:1].expand(3, 2, 32, 128))}, "v_cache of pool is written, so its elements must not share memory"),
@@ -348,7 +366,7 @@ READ: list[tuple[Args, str]] = [
     ({"kv": pools(u2=U2[..., :100])}, "pages of 100 bytes fit no head_dim"),
     ({"kv": pools(u2=gaps(U2))}, "pool must be contiguous in its last dim"),
     ({"kv": cache(page_size=64)}, "pages of 2176 bytes"),
-    ({"kv": cache(transform=(MU[0], T))}, "centre must be [Hkv, D], got [128]"),
+    ({"kv": cache(transform=kk.KVTransform(MU[0], T))}, "centre must be [Hkv, D], got [128]"),
     ({"pool": 1, "kv": pools(bf16=BF16[..., :8192])}, "pool: pages of 8192 bytes, but bf16/bf16 with page_size 32 and head_dim 128 needs 16384"),
     ({"pool": 2, "kv": pools(k=K.half())}, "k_cache of pool must be bfloat16, got float16"),
     ({"pool": 2, "kv": pools(k=K.clone().requires_grad_())}, "k_cache requires grad"),
@@ -373,7 +391,7 @@ PACK: list[tuple[Args, str]] = [
     ({"kv": pools(bf16=BF16[:, :1])}, "dst must be [num_pages, Hkv, page_bytes], got [5, 2, 2176]; Hkv = 1 from src.size(1)"),
     ({"kv": pools(u2=gaps(U2))}, "dst must be contiguous in its last dim"),
     ({"kv": pools(u2=U2[:1].expand(5, 2, 2176))}, "dst is written, so its elements must not share memory"),
-    ({"kv": cache(transform=(MU.half(), T))}, "centre must be float32, got float16"),
+    ({"kv": cache(transform=kk.KVTransform(MU.half(), T))}, "centre must be float32, got float16"),
     ({"src": 2, "kv": pools(v=V.bfloat16())}, "v_cache of src must be float16, got bfloat16"),
     ({"dst": 2, "kv": pools(k=K.half())}, "k_cache of dst must be bfloat16, got float16"),
     ({"dst": 2, "kv": pools(k=K.clone().requires_grad_())}, "dst_k requires grad"),
@@ -490,7 +508,7 @@ SUMMARISE: list[tuple[Args, str]] = [
     ({"kv": pools(u2=U2.view(torch.int8))}, "pool 0 must be uint8, got int8"),
     ({"kv": pools(bf16=BF16[:, :1])}, "pool 1 must be [num_pages, Hkv, page_bytes], got [4, 1, 16384]; Hkv = 2 from pool 0.size(1)"),
     ({"kv": cache(page_size=64)}, "a pool of u2 pages must be uint8"),
-    ({"kv": cache(transform=(MU.double(), T))}, "centre must be float32, got float64"),
+    ({"kv": cache(transform=kk.KVTransform(MU.double(), T))}, "centre must be float32, got float64"),
     ({"kv": pools(k=K.clone().requires_grad_())}, "pool tensor 2 requires grad"),
     ({"kind": "median"}, "kind must be one of minmax, mean, channels; got 'median'"),
     ({"bits": 12}, "bits must be 16 or 8 of summaries of kind minmax, got 12"),
@@ -540,7 +558,7 @@ SCORE: list[tuple[Args, str]] = [
     ({"q": Q.clone().requires_grad_()}, "q requires grad, but the op has no backward"),
     ({"reduce": "min"}, "reduce must be one of max, sum, softmax_max, softmax_sum; got 'min'"),
     ({"scale": float("nan")}, "scale is NaN"),
-    ({"source": cache(transform=(MU, T[:1]))}, "balance must be [Hkv, D], got [1, 128]"),
+    ({"source": cache(transform=kk.KVTransform(MU, T[:1]))}, "balance must be [Hkv, D], got [1, 128]"),
     ({"source": cache(formats=cache().formats[:2])}, "kv has 3 pools, but 2 formats"),
 ]  # fmt: skip
 SCORE_PAGES: list[tuple[Args, str]] = [
@@ -831,7 +849,7 @@ TABLES: list[tuple[str, Callable[..., Args], list[tuple[Args, str]]]] = [
 ]
 # What stands in GPU memory is not looked at on the host.
 SEEN_ON_THE_HOST = re.compile(
-    r"(page_table|block_table|seq_lens|slots|pairs|tree_mask|head_windows|plan\.\w+|pages|tokens|entries|channels|segments|"
+    r"(page_table|block_table|seq_lens|slots|pairs|tree_mask|head_windows|plan\.\w+|pages|tokens|entries|channels|segments|order|"
     r"start|slot_of|page_of|hand|cu_seqlens|out_slots|parents)\[.+\] |(page_table|block_table|scores) is too narrow"
 )
 ROWS = [
@@ -885,7 +903,8 @@ def test_unknown_formats_list_the_known() -> None:
     ):
         with pytest.raises(ValueError, match=r'unknown format "int9"; known formats: bf16, f16, u8, u4, u3, u2, kivi2'):
             make()
-    with pytest.raises(BELOW, match=r"unknown KV format number 99; there are: bf16=0 f16=1 u8=2"):
+    listed = "there are: " + " ".join(f"{name}={codec.NUMBER}" for name, codec in CODECS.items())
+    with pytest.raises(BELOW, match=f"unknown KV format number 99; {re.escape(listed)}"):
         torch.ops.kvkernels.page_bytes(99, 0, 16, 64)
     with pytest.raises(BELOW, match=r"format code 131072 is not k \| v << 8 \| two_caches << 16"):
         read_op(format=1 << 17)
@@ -899,7 +918,7 @@ def read_op(**change: Any) -> None:
     """The op below the wrapper, which other callers may use."""
     args: Args = {
         "pool": U2, "pool_v": None, "format": kk.format("u2").code, "page_size": 32, "head_dim": 128, "slots": SLOTS,
-        "centre": None, "balance": None, "k": torch.zeros(7, 2, 128), "v": torch.zeros(7, 2, 128), **change,
+        "centre": None, "balance": None, "order": None, "k": torch.zeros(7, 2, 128), "v": torch.zeros(7, 2, 128), **change,
     }  # fmt: skip
     torch.ops.kvkernels.read_kv.default(*args.values())
 

@@ -43,7 +43,7 @@ def close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
 # ---- attention
 
 
-@pytest.mark.parametrize("formats", [("bf16",), ("u2",), ("f16 NHD", "u2", "kivi2")], ids=str)
+@pytest.mark.parametrize("formats", [("bf16",), ("t1.e5m3",), ("f16 NHD", "m31/u2", "kivi2")], ids=str)
 def test_a_list_of_everything_is_dense_attention(formats: tuple[str, ...]) -> None:
     kv, table, lens, q = cache([150, 70], formats)
     if "f16 NHD" in formats and not CPU:
@@ -55,7 +55,7 @@ def test_a_list_of_everything_is_dense_attention(formats: tuple[str, ...]) -> No
     close(kk.sparse_attention(q, kv, table, lens, tokens=tokens, return_lse=True), want)
 
 
-@pytest.mark.parametrize("formats", [("bf16",), ("bf16", "u4")], ids=str)
+@pytest.mark.parametrize("formats", [("bf16",), ("m42/b1", "u4")], ids=str)
 def test_a_list_and_the_rest_merge_to_dense_attention(formats: tuple[str, ...]) -> None:
     kv, table, lens, q = cache([150, 70], formats)
     first = lists([[0, 3, 4, 9], [1]], [[2, 4], [0, 1, 2, 3, 4]])
@@ -115,10 +115,11 @@ def test_labels_of_all_channels_are_the_keys() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["u2", "m31/u2"])
 @pytest.mark.parametrize("reduce", ["max", "softmax_max"])
-def test_the_best_token_of_a_page(reduce: str) -> None:
+def test_the_best_token_of_a_page(reduce: str, name: str) -> None:
     """Of each query row by itself, so one row to a KV head: for softmax they differ by what they are divided by."""
-    kv, table, lens, q = cache([100, 33], ("u2",))
+    kv, table, lens, q = cache([100, 33], (name,))
     tokens = kk.score_tokens(q[:, ::GROUP], kv, table, lens).unflatten(2, (-1, PAGE)).amax(3)
     got = kk.score_pages(q[:, ::GROUP], kv, table, lens, reduce=reduce)
     if reduce == "softmax_max":

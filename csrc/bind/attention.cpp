@@ -187,8 +187,8 @@ void fill_plan(Check& c, AttentionParams& p, const AttentionOptions& o) {
 }  // namespace
 
 void fill_pools(Check& c, AttentionParams& p, const Queries& q, const std::vector<Tensor>& pools,
-                const std::vector<int64_t>& formats, int64_t page_size, const std::optional<Tensor>& centre,
-                const std::optional<Tensor>& balance, bool mapped) {
+                const std::vector<int64_t>& formats, int64_t page_size, const TransformArguments& transform,
+                bool mapped) {
   p.num_pools = make_pools(c, pools, formats, page_size, p.D, q.D_from(), p.pools);
   p.page_size = page_size;
   p.Hkv = pools[0].size(1);
@@ -196,7 +196,7 @@ void fill_pools(Check& c, AttentionParams& p, const Queries& q, const std::vecto
   p.Dv = p.D;
   c.bind("Dv", p.Dv, "D");
   if (!mapped) check_heads(c, q, p.Hkv, "Hkv", "pool 0");
-  p.transform = make_transform(c, centre, balance);
+  p.transform = make_transform(c, transform);
 }
 
 void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& names, const Tensor& page_table_arg,

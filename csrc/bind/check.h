@@ -18,6 +18,12 @@ namespace kk::bind {
 
 using torch::stable::Tensor;
 
+#if defined(KK_DEBUG_ASSERT)
+constexpr bool kAsserts = true;
+#else
+constexpr bool kAsserts = false;
+#endif
+
 // Sets of dtypes.
 enum : unsigned { kF32 = 1, kF16 = 2, kBF16 = 4, kF64 = 8, kU8 = 16, kI32 = 32, kI64 = 64 };
 constexpr unsigned kFloats = kF32 | kF16 | kBF16;

@@ -31,11 +31,7 @@ constexpr bool kCuda = true;
 constexpr bool kCuda = false;
 #endif
 // Fresh memory holds NaN, so that what a kernel reads before it is written, or does not write, shows.
-#if defined(KK_DEBUG_ASSERT)
-constexpr bool kPoison = true;
-#else
-constexpr bool kPoison = kEmulated;
-#endif
+constexpr bool kPoison = kAsserts || kEmulated;
 
 using torch::stable::Tensor;
 

@@ -12,11 +12,7 @@ std::string build_info() {
   std::string s = "{\"isa\": \"" + std::string(cpu::isa_name(cpu::isa())) + "\", \"isas\": [";
   for (const auto isa : {cpu::Isa::base, cpu::Isa::avx2, cpu::Isa::avx512, cpu::Isa::avx512vnni})
     if (cpu::isa_available(isa)) s += (isa == cpu::Isa::base ? "\"" : ", \"") + std::string(cpu::isa_name(isa)) + "\"";
-#if defined(KK_DEBUG_ASSERT)
-  s += "], \"assert\": true";
-#else
-  s += "], \"assert\": false";
-#endif
+  s += kAsserts ? "], \"assert\": true" : "], \"assert\": false";
 #if defined(KK_CUDA)
   s += ", \"cuda\": \"" KK_CUDA "\"";  // CMAKE_CUDA_ARCHITECTURES
 #else

@@ -25,7 +25,8 @@ void check_pairs(const Check& c, const PackPagesParams& p) {
 
 void pack_pages(const Tensor& src, const std::optional<Tensor>& src_v, int64_t src_format, const Tensor& dst,
                 const std::optional<Tensor>& dst_v, int64_t dst_format, int64_t page_size, int64_t head_dim,
-                const Tensor& pairs_arg, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance) {
+                const Tensor& pairs_arg, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance,
+                const std::optional<Tensor>& order) {
   Check c("pack_pages");
   c.bind("D", head_dim, "head_dim");
   const FormatCode fs = format_code(c, kSrc.record, src_format), fd = format_code(c, kDst.record, dst_format);
@@ -36,7 +37,7 @@ void pack_pages(const Tensor& src, const std::optional<Tensor>& src_v, int64_t s
   p.dst = make_writable_pool(c, kDst, fd, dst, dst_v ? &*dst_v : nullptr, page_size, head_dim);
   const View pairs = c.is("pairs", pairs_arg, kI32, "N 2");
   c.contiguous(pairs);
-  p.transform = make_transform(c, centre, balance);
+  p.transform = make_transform(c, {centre, balance, order});
 
   p.pairs = pairs.data<int32_t>();
   p.N = pairs.size[0];
@@ -53,6 +54,6 @@ void pack_pages(const Tensor& src, const std::optional<Tensor>& src_v, int64_t s
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "pack_pages(Tensor src, Tensor? src_v, int src_format, Tensor(a!) dst, Tensor(b!)? dst_v, int dst_format, "
-      "SymInt page_size, SymInt head_dim, Tensor pairs, Tensor? centre, Tensor? balance) -> ()");
+      "SymInt page_size, SymInt head_dim, Tensor pairs, Tensor? centre, Tensor? balance, Tensor? order) -> ()");
 }
 KK_REGISTER(pack_pages)

@@ -33,14 +33,15 @@ void check_pages(const Check& c, const PageSummariesParams& p) {
 
 void page_summaries(const std::vector<Tensor>& pools, const std::vector<int64_t>& formats, int64_t page_size,
                     int64_t head_dim, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance,
-                    const Tensor& page_table_arg, const Tensor& seq_lens_arg, int64_t kind, int64_t bits,
-                    const std::optional<Tensor>& channels_arg, const std::optional<Tensor>& segments_arg,
-                    const std::optional<Tensor>& start_arg, const std::vector<Tensor>& records_arg) {
+                    const std::optional<Tensor>& order, const Tensor& page_table_arg, const Tensor& seq_lens_arg,
+                    int64_t kind, int64_t bits, const std::optional<Tensor>& channels_arg,
+                    const std::optional<Tensor>& segments_arg, const std::optional<Tensor>& start_arg,
+                    const std::vector<Tensor>& records_arg) {
   Check c("page_summaries");
   c.bind("D", head_dim, "head_dim");
   PageSummariesParams p{};
   p.num_pools = make_pools(c, pools, formats, page_size, head_dim, "head_dim", p.pools);
-  p.transform = make_transform(c, centre, balance);
+  p.transform = make_transform(c, {centre, balance, order});
   const View page_table = c.is("page_table", page_table_arg, kI32, "B ?max_pages");
   const View seq_lens = c.is("seq_lens", seq_lens_arg, kI32, "B");
   const bool labels = static_cast<SummaryKind>(kind) == SummaryKind::channels;
@@ -89,7 +90,7 @@ void page_summaries(const std::vector<Tensor>& pools, const std::vector<int64_t>
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "page_summaries(Tensor[] pools, int[] formats, SymInt page_size, SymInt head_dim, Tensor? centre, Tensor? "
-      "balance, Tensor page_table, Tensor seq_lens, int kind, int bits, Tensor? channels, Tensor? segments, Tensor? "
-      "start, Tensor(a!)[] records) -> ()");
+      "balance, Tensor? order, Tensor page_table, Tensor seq_lens, int kind, int bits, Tensor? channels, Tensor? "
+      "segments, Tensor? start, Tensor(a!)[] records) -> ()");
 }
 KK_REGISTER(page_summaries)

@@ -1,5 +1,7 @@
 #include "bind/pool.h"
 
+#include <bitset>
+
 namespace kk::bind {
 
 const PoolNames kPoolNames[kMaxPools] = {
@@ -29,6 +31,30 @@ bool is_packed(Format f) {
   return packed;
 }
 
+bool keys_only(Format f) {
+  bool keys = false;
+  with_format(f, [&](auto fmt) {
+    if constexpr (decltype(fmt)::packed) keys = decltype(fmt)::keys_only;
+  });
+  return keys;
+}
+
+// Of a CPU call, where a channel past the head would be read from beside the tensor. Builds with assertions look for channels
+// named twice as well.
+void check_order(const Check& c, const int32_t* order, int64_t heads, int64_t head_dim) {
+  for (int64_t h = 0; h < heads; ++h) {
+    std::bitset<256> named;
+    for (int64_t j = 0; j < head_dim; ++j) {
+      const int32_t channel = order[h * head_dim + j];
+      if (channel < 0 || channel >= head_dim)
+        c.refuse("order[", h, ", ", j, "] = ", channel, " is no channel of D = ", head_dim);
+      if (!kAsserts) continue;
+      if (named[channel]) c.refuse("order[", h, "] is no permutation of the channels: it names ", channel, " twice");
+      named.set(channel);
+    }
+  }
+}
+
 unsigned cache_dtype(Format f) { return f == Format::bf16 ? kBF16 : kF16; }
 
 }  // namespace
@@ -44,7 +70,7 @@ FormatCode format_code(const Check& c, const char* pool, int64_t code) {
   for (const int64_t n : {k, v})
     if (!known(n)) {
       std::string list;
-#define KK_FORMAT(name, number) list += " " #name "=" #number;
+#define KK_FORMAT(fmt, number) list += std::string(" ") + fmt::name + "=" #number;
 #include "kvkernels/formats.def"
 #undef KK_FORMAT
       c.refuse(pool, ": unknown KV format number ", n, "; there are:", list);
@@ -52,6 +78,8 @@ FormatCode format_code(const Check& c, const char* pool, int64_t code) {
   if (code < 0 || code >> 17) c.refuse(pool, ": format code ", code, " is not k | v << 8 | two_caches << 16");
   FormatCode f{static_cast<Format>(k), static_cast<Format>(v), (code >> 16) != 0, false};
   f.packed = is_packed(f.k) || is_packed(f.v);
+  if (keys_only(f.v))
+    c.refuse(pool, ": ", format_name(f.v), " is a format for keys; its values need another one, such as u2");
   if (f.two_caches && f.packed) c.refuse(pool, ": two separate caches hold 16-bit formats, not ", pair_name(f));
   return f;
 }
@@ -148,11 +176,17 @@ int make_pools(Check& c, const std::vector<Tensor>& tensors, const std::vector<i
   return static_cast<int>(formats.size());
 }
 
-KeyTransform make_transform(Check& c, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance) {
-  const View mu = c.is("centre", centre, kF32, "Hkv D"), t = c.is("balance", balance, kF32, "Hkv D");
-  KeyTransform transform{nullptr, nullptr};
+KeyTransform make_transform(Check& c, const TransformArguments& a) {
+  const View mu = c.is("centre", a.centre, kF32, "Hkv D"), t = c.is("balance", a.balance, kF32, "Hkv D");
+  const View order = c.is("order", a.order, kI32, "Hkv D");
+  KeyTransform transform{};
   if (mu) c.contiguous(mu), transform.centre = mu.data<float>();
   if (t) c.contiguous(t), transform.balance = t.data<float>();
+  if (order) {
+    c.contiguous(order);
+    transform.order = order.data<int32_t>();
+    if (c.on_cpu()) check_order(c, transform.order, order.size[0], order.size[1]);
+  }
   return transform;
 }
 

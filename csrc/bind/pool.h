@@ -40,7 +40,14 @@ Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, c
 int make_pools(Check& c, const std::vector<Tensor>& tensors, const std::vector<int64_t>& formats, int64_t page_size,
                int64_t head_dim, const char* head_dim_from, Pool* pools);
 
-KeyTransform make_transform(Check& c, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance);
+// As they come from torch.
+struct TransformArguments {
+  const std::optional<Tensor>& centre;
+  const std::optional<Tensor>& balance;
+  const std::optional<Tensor>& order;
+};
+// Hkv and D must be bound.
+KeyTransform make_transform(Check& c, const TransformArguments& a);
 
 // Slots of a CPU call are visible, so a write outside the pool is an error and not a corruption. Costs 0.3 ns each.
 void check_slots(const Check& c, const View& slots, const char* pool, const Pool& p, int64_t page_size);

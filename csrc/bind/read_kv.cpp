@@ -14,7 +14,8 @@ constexpr PoolNames kNames{"pool", "k_cache of pool", "v_cache of pool"};
 
 void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t format, int64_t page_size,
              int64_t head_dim, const Tensor& slots_arg, const std::optional<Tensor>& centre,
-             const std::optional<Tensor>& balance, const Tensor& k_arg, const Tensor& v_arg) {
+             const std::optional<Tensor>& balance, const std::optional<Tensor>& order, const Tensor& k_arg,
+             const Tensor& v_arg) {
   Check c("read_kv");
   c.bind("D", head_dim, "head_dim");
   const FormatCode f = format_code(c, kNames.record, format);
@@ -22,7 +23,7 @@ void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t fo
   ReadKvParams p{};
   p.pool = make_pool(c, kNames, f, pool, pool_v ? &*pool_v : nullptr, page_size, head_dim);
   const View slots = c.is("slots", slots_arg, kI64, "T");
-  p.transform = make_transform(c, centre, balance);
+  p.transform = make_transform(c, {centre, balance, order});
   const View k = c.is("k", k_arg, kFloats, "T Hkv D"), v = c.is("v", v_arg, kFloats, "T Hkv D");
   c.same_dtype(v, k);
   for (const View* out : {&k, &v}) {
@@ -46,7 +47,6 @@ void read_kv(const Tensor& pool, const std::optional<Tensor>& pool_v, int64_t fo
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "read_kv(Tensor pool, Tensor? pool_v, int format, SymInt page_size, SymInt head_dim, Tensor slots, Tensor? "
-      "centre, "
-      "Tensor? balance, Tensor(a!) k, Tensor(b!) v) -> ()");
+      "centre, Tensor? balance, Tensor? order, Tensor(a!) k, Tensor(b!) v) -> ()");
 }
 KK_REGISTER(read_kv)

@@ -15,8 +15,9 @@ namespace {
 // `tensors` are pools of these formats, or, with channels, records of a label cache.
 void score_tokens(const Tensor& q_arg, const std::vector<Tensor>& tensors, const std::vector<int64_t>& formats,
                   int64_t page_size, const std::optional<Tensor>& centre, const std::optional<Tensor>& balance,
-                  const std::optional<Tensor>& channels_arg, int64_t bits, const Tensor& page_table,
-                  const Tensor& seq_lens, double scale, int64_t reduce, bool best_of_page, const Tensor& out) {
+                  const std::optional<Tensor>& order, const std::optional<Tensor>& channels_arg, int64_t bits,
+                  const Tensor& page_table, const Tensor& seq_lens, double scale, int64_t reduce, bool best_of_page,
+                  const Tensor& out) {
   Check c(best_of_page ? "score_pages" : "score_tokens");
   const Queries q = check_queries(c, q_arg);
   ScoreTokensParams p{};
@@ -35,7 +36,7 @@ void score_tokens(const Tensor& q_arg, const std::vector<Tensor>& tensors, const
     p.channels = channels.data<int32_t>();
   } else {
     p.num_pools = make_pools(c, tensors, formats, page_size, q.D(), q.D_from(), p.pools);
-    p.transform = make_transform(c, centre, balance);
+    p.transform = make_transform(c, {centre, balance, order});
   }
   fill_score(c, p, q, tensors[0].size(1), channels_arg ? "records[0]" : "pool 0",
              {page_table, seq_lens, page_size, scale, reduce});
@@ -60,6 +61,7 @@ void score_tokens(const Tensor& q_arg, const std::vector<Tensor>& tensors, const
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "score_tokens(Tensor q, Tensor[] tensors, int[] formats, SymInt page_size, Tensor? centre, Tensor? balance, "
+      "Tensor? order, "
       "Tensor? channels, int bits, Tensor page_table, Tensor seq_lens, float scale, int reduce, bool best_of_page, "
       "Tensor(a!) out) -> ()");
 }

@@ -14,7 +14,7 @@ constexpr PoolNames kNames{"pool", "k_cache of pool", "v_cache of pool"};
 
 void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, const std::optional<Tensor>& pool_v,
               int64_t format, int64_t page_size, const Tensor& slots_arg, const std::optional<Tensor>& centre,
-              const std::optional<Tensor>& balance) {
+              const std::optional<Tensor>& balance, const std::optional<Tensor>& order) {
   Check c("write_kv");
   const View k = c.is("k", k_arg, kFloats, "T Hkv D"), v = c.is("v", v_arg, kFloats, "T Hkv D");
   c.same_dtype(v, k);
@@ -27,7 +27,7 @@ void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, cons
   WriteKvParams p{};
   p.pool = make_writable_pool(c, kNames, f, pool, pool_v ? &*pool_v : nullptr, page_size, k.size[2]);
   const View slots = c.is("slots", slots_arg, kI64, "T");
-  p.transform = make_transform(c, centre, balance);
+  p.transform = make_transform(c, {centre, balance, order});
   if (c.on_cpu()) check_slots(c, slots, kNames.record, p.pool, page_size);
 
   p.k = k.data();
@@ -47,6 +47,6 @@ void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) pool, Tensor(b!)? pool_v, int format, SymInt page_size, Tensor slots, "
-      "Tensor? centre, Tensor? balance) -> ()");
+      "Tensor? centre, Tensor? balance, Tensor? order) -> ()");
 }
 KK_REGISTER(write_kv)

@@ -52,3 +52,6 @@ from kvkernels.context import DeltaContext as DeltaContext
 from kvkernels.context import delta_context as delta_context
 from kvkernels.info import info as info
 from kvkernels.kv_cache import KVCache as KVCache
+from kvkernels.tier import TokenLayout as TokenLayout
+from kvkernels.tier import lay_tokens as lay_tokens
+from kvkernels.tier import tier_tokens as tier_tokens

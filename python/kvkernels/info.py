@@ -27,29 +27,51 @@ class Info(dict[str, Any]):
             + ("; this build runs the CUDA kernels on the CPU, in the emulator" if self["simt"] else ""),
             "",
         ]
-        names = list(self["formats"])
-        header = ["op", "backend", "dtypes", *names]
-        rows = [
-            [op, backend, " ".join(dtypes), *("x" if name in has["formats"] else "" for name in names)]
+        formats = self["formats"]
+        ops = [
+            (op, backend, " ".join(dtypes), _choice(has["formats"], list(formats)))
             for op, has in self["ops"].items()
             for backend, dtypes in has["backends"].items()
         ]
-        bits = [f"{f['bits_per_element']:.4g}" for f in self["formats"].values()]
-        rows.append([f"bits per element (page {PAGE_SIZE}, D {HEAD_DIM})", "", "", *bits])
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        table = (header, ["-" * w for w in widths], *rows)
-        lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
+        lines += [*_table(("op", "backend", "dtypes", "formats"), ops), ""]
+        bits = f"bits per element (page {PAGE_SIZE}, D {HEAD_DIM})"
+        sides = [
+            (name, f"{f['bits_per_element']:.4f}".rstrip("0").rstrip("."), "keys" if f["keys_only"] else "keys, values")
+            for name, f in formats.items()
+        ]
+        lines += _table(("format", bits, "of"), sides)
         return "\n".join([*lines, 'Keys and values may differ in format: kk.format("u3", "u2").'])
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = (header, tuple("-" * w for w in widths), *rows)
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
+
+
+def _choice(some: list[str], every: list[str]) -> str:
+    """Of the formats: all, all but a few, or those."""
+    missing = [name for name in every if name not in some]
+    if not some or len(missing) > len(some):
+        return " ".join(some)
+    return "all but " + " ".join(missing) if missing else "all"
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> list[str]:
     return [str(t).removeprefix("torch.") for t in dtypes]
 
 
+def _bits(name: str) -> float:
+    if CODECS[name].KEYS_ONLY:
+        return CODECS[name].side_bytes("k", PAGE_SIZE, HEAD_DIM) * 8 / (PAGE_SIZE * HEAD_DIM)
+    return format(name).bits_per_element(PAGE_SIZE, HEAD_DIM)
+
+
 def info() -> Info:
     """Versions, instruction set, and ops x backends x dtypes x formats.
 
-    Bits per element count codes, scales and padding, at page_size 64 and head_dim 128.
+    Bits per element count codes, scales and padding, at page_size 64 and head_dim 128; formats for keys alone count
+    keys.
     """
     build = json.loads(torch.ops.kvkernels.build_info())
     try:
@@ -73,7 +95,8 @@ def info() -> Info:
             name: {
                 "number": codec.NUMBER,
                 "rotated": codec.ROTATED,
-                "bits_per_element": format(name).bits_per_element(PAGE_SIZE, HEAD_DIM),
+                "keys_only": codec.KEYS_ONLY,
+                "bits_per_element": _bits(name),
             }
             for name, codec in CODECS.items()
         },
@@ -83,7 +106,7 @@ def info() -> Info:
                     "cpu": _names(op.DTYPES),
                     **({"cuda": _names(getattr(op, "CUDA_DTYPES", op.DTYPES))} if build["cuda"] else {}),
                 },
-                "formats": list(op.FORMATS),
+                "formats": [format(pair).k for pair in op.FORMATS],
             }
             for name, op in OPS.items()
         },

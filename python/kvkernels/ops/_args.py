@@ -8,6 +8,8 @@ from torch import Tensor
 from kvkernels.formats import CODECS, HEAD_DIMS, PACKED_HEAD_DIMS, PAGE_ALIGN, Format
 from kvkernels.paged_kv import TWO_CACHES, PagedKV, Pool
 
+NO_TRANSFORM = (None, None, None)  # centre, balance, order
+
 # Functions where Format and PagedKV have properties: torch.compile of torch 2.10 does not trace into a property of a
 # NamedTuple.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvkernels.formats import codec, decode_page, encode_page, format
+from kvkernels.formats import PACKED_HEAD_DIMS, codec, decode_page, encode_page, format
 from kvkernels.paged_kv import PAGE_BITS, KVTransform, PagedKV
 
 POISON = 0xFF  # as a byte of a 16-bit number or of an fp16 scale it makes NaN
@@ -62,7 +62,13 @@ def randn(shape: tuple[int, ...], gen: torch.Generator, dtype: torch.dtype = tor
 
 def random_transform(num_kv_heads: int, head_dim: int, gen: torch.Generator) -> KVTransform:
     shape = (num_kv_heads, head_dim)
-    return KVTransform(randn(shape, gen), torch.exp(0.5 * randn(shape, gen)))
+    order = torch.stack([torch.randperm(head_dim, generator=gen) for _ in range(num_kv_heads)])
+    return KVTransform(randn(shape, gen), torch.exp(0.5 * randn(shape, gen)), order.int())
+
+
+def head_dims(name: str) -> tuple[int, ...]:
+    """Head dims of the cases of a format; 128 alone where its grids and scales are those of others that have all."""
+    return (128,) if name.endswith(".e5m3") or name == "m21/u2" else PACKED_HEAD_DIMS
 
 
 def random_pool(name: str, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int,

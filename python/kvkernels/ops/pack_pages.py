@@ -32,20 +32,20 @@ def pack_pages(kv: PagedKV, src: int, dst: int, pairs: Tensor) -> None:
     dst_first, dst_second, dst_code = _args.one_pool("pack_pages", kv, dst, "dst")
     if torch.is_grad_enabled():
         _args.refuse_grad("pack_pages", src_k=src_first, src_v=src_second, dst_k=dst_first, dst_v=dst_second)
-    centre, balance = kv.transform or (None, None)
+    centre, balance, order = kv.transform or _args.NO_TRANSFORM
     try:
         _op(src_first, src_second, src_code, dst_first, dst_second, dst_code, kv.page_size, _args.head_dim(kv), pairs,
-            centre, balance)  # fmt: skip
+            centre, balance, order)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("pack_pages", e) from None
 
 
 @torch.library.register_fake("kvkernels::pack_pages")
 def _(src: Tensor, src_v: Tensor | None, src_format: int, dst: Tensor, dst_v: Tensor | None, dst_format: int,
-      page_size: int, head_dim: int, pairs: Tensor, centre: Tensor | None, balance: Tensor | None) -> None:  # fmt: skip
-    _args.same_device(
-        "pack_pages", src=src, src_v=src_v, dst=dst, dst_v=dst_v, pairs=pairs, centre=centre, balance=balance
-    )
+      page_size: int, head_dim: int, pairs: Tensor, centre: Tensor | None, balance: Tensor | None,
+      order: Tensor | None) -> None:  # fmt: skip
+    _args.same_device("pack_pages", src=src, src_v=src_v, dst=dst, dst_v=dst_v, pairs=pairs, centre=centre,
+                      balance=balance, order=order)  # fmt: skip
 
 
 def reference(kv: PagedKV, src: int, dst: int, pairs: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -68,9 +68,13 @@ def reference(kv: PagedKV, src: int, dst: int, pairs: Tensor, dtype: torch.dtype
 def cases() -> list[dict[str, Any]]:
     base = {"N": 5, "Hkv": 2, "D": 128, "page_size": 32}
     return [
-        *({**base, "src": s, "dst": name, "transform": True} for s in ("bf16", "f16 NHD") for name in FORMATS),
-        *({**base, "src": name, "dst": "bf16", "D": d} for name in FORMATS for d in (64, 256)),
-        *({**base, "src": "u8", "dst": name, "transform": True} for name in ("u2", "u3/u2", "kivi2", "bf16 HND")),
+        *(
+            {**base, "src": ("bf16", "f16 NHD")[i % 2], "dst": name, "transform": True}
+            for i, name in enumerate(FORMATS)
+        ),
+        *({**base, "src": name, "dst": "bf16", "D": d} for name in FORMATS for d in _reference.head_dims(name)),
+        *({**base, "src": "u8", "dst": name, "transform": True} for name in ("u2", "m31/u2", "kivi2", "bf16 HND")),
+        *({**base, "src": "m31/u2", "dst": name, "transform": True} for name in ("m42/t1", "b1", "f16 NHD")),
         *({**base, "src": "bf16 NHD", "dst": name, "page_size": 16} for name in ("kivi2/u2", "u4/f16", "u2/kivi2")),
         {**base, "src": "bf16", "dst": "f16", "page_size": 3, "D": 96},
         {**base, "src": "bf16", "dst": "u2", "N": 0},

@@ -85,10 +85,10 @@ def page_summaries(
         out = PageSummaries(kind, bits, page_size, head_dim, records, channels, segments)
     else:
         out = out._replace(channels=channels, segments=segments)
-    centre, balance = (None, None) if kv.transform is None else kv.transform
+    centre, balance, order = _args.NO_TRANSFORM if kv.transform is None else kv.transform
     try:
-        _op(pools, codes, page_size, head_dim, centre, balance, page_table, seq_lens, KINDS.index(kind), bits,
-            channels, segments, start, list(out.records))  # fmt: skip
+        _op(pools, codes, page_size, head_dim, centre, balance, order, page_table, seq_lens, KINDS.index(kind),
+            bits, channels, segments, start, list(out.records))  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("page_summaries", e) from None
     return out
@@ -102,12 +102,14 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 @torch.library.register_fake("kvkernels::page_summaries")
 def _(pools: list[Tensor], formats: list[int], page_size: int, head_dim: int, centre: Tensor | None,
-      balance: Tensor | None, page_table: Tensor, seq_lens: Tensor, kind: int, bits: int, channels: Tensor | None,
-      segments: Tensor | None, start: Tensor | None, records: list[Tensor]) -> None:  # fmt: skip
+      balance: Tensor | None, order: Tensor | None, page_table: Tensor, seq_lens: Tensor, kind: int, bits: int,
+      channels: Tensor | None, segments: Tensor | None, start: Tensor | None,
+      records: list[Tensor]) -> None:  # fmt: skip
     numbered = {f"pool tensor {i}": pool for i, pool in enumerate(pools)}
     others = {f"records[{i}]": r for i, r in enumerate(records)}
     _args.same_device("page_summaries", **numbered, page_table=page_table, seq_lens=seq_lens, centre=centre,
-                      balance=balance, channels=channels, segments=segments, start=start, **others)  # fmt: skip
+                      balance=balance, order=order, channels=channels, segments=segments, start=start,
+                      **others)  # fmt: skip
 
 
 def reference(

@@ -102,14 +102,15 @@ def cases() -> list[dict[str, Any]]:
     """tree: how sequences share, as plan_prefix.random_batch() makes it. least: min_tokens of a plan that is passed."""
     base = {"tree": "random", "B": 9, "pages": 5, "Tq": 1, "Hq": 4, "Hkv": 2, "D": 128, "page_size": 16,
             "dtype": "bfloat16", "formats": ("bf16",), "least": 0}  # fmt: skip
-    mixed = ("bf16", "u2", "u4")
+    mixed = ("bf16", "u4", "m31/t1")
+    own = [f.name for f in formats() if 64 in _reference.head_dims(f.name)]
     options = ("Tq", "softcap", "sinks", "alibi", "scale", "tree", "extra", "head_map")
     alone = [o for o in _attention.OPTIONS if set(o) <= {*options, "lens"} and o.get("Tq", 1) < 16]
     together = {k: v for k, v in _attention.TOGETHER.items() if k in (*options, "Hq")}
     return [
         base,
         *({**base, "tree": tree, "formats": f} for tree in plan_prefix.TREES for f in (("bf16",), ("u2",))),
-        *({**base, "formats": (f.name,), "dtype": "float32", "transform": f.packed} for f in formats()),
+        *({**base, "formats": (name,), "dtype": "float32", "transform": True} for name in own),
         *(_with_drafts({**base, **o, "formats": f}) for o in alone for f in (("bf16",), ("u2",))),
         *(_with_drafts({**base, **together, "formats": f, "transform": True}) for f in (("bf16 NHD",), ("u2",), mixed)),
         *({**base, "formats": mixed, "transform": True, "tree": tree} for tree in ("random", "one prefix", "comb")),

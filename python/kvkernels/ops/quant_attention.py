@@ -142,12 +142,12 @@ def quant_attention(
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    centre, balance = (None, None) if kv.transform is None else kv.transform
+    centre, balance, order = _args.NO_TRANSFORM if kv.transform is None else kv.transform
     if scale is None:
         scale = q.shape[-1] ** -0.5
     try:
-        _op(q, pools, codes, kv.page_size, page_table, seq_lens, centre, balance, scale, left, softcap, sinks,
-            alibi_slopes, 0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra, head_map,
+        _op(q, pools, codes, kv.page_size, page_table, seq_lens, centre, balance, order, scale, left, softcap,
+            sinks, alibi_slopes, 0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra, head_map,
             plan, out, lse)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("quant_attention", e) from None
@@ -156,13 +156,13 @@ def quant_attention(
 
 @torch.library.register_fake("kvkernels::quant_attention")
 def _(q: Tensor, pools: list[Tensor], formats: list[int], page_size: int, page_table: Tensor, seq_lens: Tensor,
-      centre: Tensor | None, balance: Tensor | None, scale: float, window_left: int, softcap: float,
-      sinks: Tensor | None, alibi_slopes: Tensor | None, split_tokens: int, tree_mask: Tensor | None,
+      centre: Tensor | None, balance: Tensor | None, order: Tensor | None, scale: float, window_left: int,
+      softcap: float, sinks: Tensor | None, alibi_slopes: Tensor | None, split_tokens: int, tree_mask: Tensor | None,
       head_windows: Tensor | None, extra: list[Tensor] | None, head_map: list[int] | None, plan: list[Tensor] | None,
       out: Tensor, lse: Tensor | None) -> None:  # fmt: skip
     numbered = {f"pool tensor {i}": pool for i, pool in enumerate(pools)}
     _args.same_device("quant_attention", q=q, **numbered, page_table=page_table, seq_lens=seq_lens, centre=centre,
-                      balance=balance, sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask,
+                      balance=balance, order=order, sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask,
                       head_windows=head_windows, **_args.parts(extra, plan), out=out, lse=lse)  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def cases() -> list[dict[str, Any]]:
     """Every format alone, pairs, and formats mixed in one sequence; every option alone, and all together."""
     base = {"Tq": 1, "Hq": 4, "Hkv": 2, "D": 128, "page_size": 32, "lens": (70, 1, 0, 129), "dtype": "float32"}
     packed = [f.name for f in formats() if f.packed]
-    mixed = ("bf16", "u2", "u4")
+    mixed = ("bf16", "u4", "m31/t1")
     own: list[dict[str, Any]] = [
         {"Tq": 3, "window": 50, "softcap": 8.0, "sinks": True, "alibi": 1, "split_tokens": 64, "transform": True},
         {"dtype": "float16"},
@@ -204,18 +204,22 @@ def cases() -> list[dict[str, Any]]:
         {**_attention.TOGETHER, "transform": True},
     ]
     return [
-        *({**base, "formats": (name,), "D": d, "transform": d == 128} for name in packed for d in (64, 128, 256)),
+        *(
+            {**base, "formats": (name,), "D": d, "transform": d == 128}
+            for name in packed
+            for d in _reference.head_dims(name)
+        ),
         *({**base, "formats": (name,), "D": d} for name in ("bf16", "f16") for d in (64, 80, 96, 112, 128, 192, 256)),
         *(
             {**base, "formats": (name,), "transform": True}
-            for name in ("u3/u2", "bf16/u2", "u4/f16", "kivi2/u2", "u2/kivi2")
+            for name in ("u3/u2", "bf16/u2", "u4/f16", "kivi2/u2", "u2/kivi2", "m31/t1.e5m3", "m42/bf16")
         ),
         *({**base, "formats": (name,), "page_size": 16} for name in ("u2", "kivi2", "f16 NHD", "bf16/f16 HND")),
         *({**base, "formats": (name,), "page_size": ps} for name in ("bf16", "f16 NHD") for ps in (1, 5)),
         *({**base, "formats": ("u2",), "dtype": t, "transform": True} for t in ("float16", "bfloat16")),
         {
             **base,
-            "formats": ("bf16 NHD", "u8", "u3", "u2", "kivi2", "u4/u2", "f16", "u2"),
+            "formats": ("bf16 NHD", "u8", "m31/u3", "u2", "kivi2", "t1/u4", "f16", "m42/b1"),
             "transform": True,
             "lens": (517, 300),
         },

@@ -45,9 +45,9 @@ def read_kv(
     k, v = out
     if torch.is_grad_enabled():
         _args.refuse_grad("read_kv", k_cache=first, v_cache=second, k=k, v=v)
-    centre, balance = kv.transform or (None, None)
+    centre, balance, order = kv.transform or _args.NO_TRANSFORM
     try:
-        _op(first, second, code, kv.page_size, head_dim, slots, centre, balance, k, v)
+        _op(first, second, code, kv.page_size, head_dim, slots, centre, balance, order, k, v)
     except RuntimeError as e:
         raise _args.refused("read_kv", e) from None
     return k, v
@@ -55,8 +55,9 @@ def read_kv(
 
 @torch.library.register_fake("kvkernels::read_kv")
 def _(pool: Tensor, pool_v: Tensor | None, format: int, page_size: int, head_dim: int, slots: Tensor,
-      centre: Tensor | None, balance: Tensor | None, k: Tensor, v: Tensor) -> None:  # fmt: skip
-    _args.same_device("read_kv", pool=pool, pool_v=pool_v, slots=slots, centre=centre, balance=balance, k=k, v=v)
+      centre: Tensor | None, balance: Tensor | None, order: Tensor | None, k: Tensor, v: Tensor) -> None:  # fmt: skip
+    _args.same_device("read_kv", pool=pool, pool_v=pool_v, slots=slots, centre=centre, balance=balance, order=order,
+                      k=k, v=v)  # fmt: skip
 
 
 def reference(kv: PagedKV, pool: int, slots: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -74,9 +75,13 @@ def reference(kv: PagedKV, pool: int, slots: Tensor, dtype: torch.dtype = torch.
 def cases() -> list[dict[str, Any]]:
     base = {"T": 21, "Hkv": 2, "D": 128, "page_size": 32, "dtype": "float32"}
     return [
-        *({**base, "format": name, "D": d, "transform": d == 128} for name in FORMATS for d in (64, 128, 256)),
+        *(
+            {**base, "format": name, "D": d, "transform": d == 128}
+            for name in FORMATS
+            for d in _reference.head_dims(name)
+        ),
         *({**base, "format": name, "dtype": t} for name in ("u2", "bf16") for t in ("float16", "bfloat16")),
-        *({**base, "format": name, "transform": True} for name in ("u3/u2", "bf16/u4", "kivi2/f16")),
+        *({**base, "format": name, "transform": True} for name in ("u3/u2", "bf16/t1", "kivi2/f16")),
         *({**base, "format": name, "page_size": 1, "D": d} for name in ("bf16", "f16 NHD") for d in (80, 96, 112, 192)),
         *({**base, "format": name} for name in ("bf16 HND", "bf16/f16 NHD")),
         {**base, "format": "u2", "T": 0},

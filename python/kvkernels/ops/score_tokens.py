@@ -80,17 +80,17 @@ def run(op: str, q: Tensor, source: PageSummaries | PagedKV, page_table: Tensor,
             )
         codes: list[int] = []
         tensors, bits, channels = list(source.records), source.bits, source.channels
-        centre, balance = None, None
+        centre, balance, order = _args.NO_TRANSFORM
     else:
         tensors, codes = _args.all_pools(op, source)
         bits, channels = 16, None
-        centre, balance = (None, None) if source.transform is None else source.transform
+        centre, balance, order = _args.NO_TRANSFORM if source.transform is None else source.transform
     width = page_table.shape[-1] * (1 if best else page_size)
     heads = tensors[0].shape[1] if tensors else 1
     scale, number, out = _scores.prepare(op, q, reduce, scale, heads, width, out)
     try:
-        _op(q, tensors, codes, page_size, centre, balance, channels, bits, page_table, seq_lens, scale, number, best,
-            out)  # fmt: skip
+        _op(q, tensors, codes, page_size, centre, balance, order, channels, bits, page_table, seq_lens, scale, number,
+            best, out)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused(op, e) from None
     return out
@@ -108,12 +108,12 @@ def spread_over_tokens(scores: Tensor, segments: Tensor, n: int) -> Tensor:
 
 @torch.library.register_fake("kvkernels::score_tokens")
 def _(q: Tensor, tensors: list[Tensor], formats: list[int], page_size: int, centre: Tensor | None,
-      balance: Tensor | None, channels: Tensor | None, bits: int, page_table: Tensor, seq_lens: Tensor, scale: float,
-      reduce: int, best_of_page: bool, out: Tensor) -> None:  # fmt: skip
+      balance: Tensor | None, order: Tensor | None, channels: Tensor | None, bits: int, page_table: Tensor,
+      seq_lens: Tensor, scale: float, reduce: int, best_of_page: bool, out: Tensor) -> None:  # fmt: skip
     op = "score_pages" if best_of_page else "score_tokens"
     numbered = {f"tensors[{i}]": t for i, t in enumerate(tensors)}
-    _args.same_device(op, q=q, **numbered, centre=centre, balance=balance, channels=channels, page_table=page_table,
-                      seq_lens=seq_lens, out=out)  # fmt: skip
+    _args.same_device(op, q=q, **numbered, centre=centre, balance=balance, order=order, channels=channels,
+                      page_table=page_table, seq_lens=seq_lens, out=out)  # fmt: skip
 
 
 def reference(

@@ -124,13 +124,13 @@ def sparse_attention(
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    centre, balance = (None, None) if kv.transform is None else kv.transform
+    centre, balance, order = _args.NO_TRANSFORM if kv.transform is None else kv.transform
     if scale is None:
         scale = q.shape[-1] ** -0.5
     try:
-        _op(q, pools, codes, kv.page_size, page_table, seq_lens, pages, tokens, entries, centre, balance, scale, left,
-            softcap, sinks, alibi_slopes, 0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra,
-            head_map, out, lse)  # fmt: skip
+        _op(q, pools, codes, kv.page_size, page_table, seq_lens, pages, tokens, entries, centre, balance, order, scale,
+            left, softcap, sinks, alibi_slopes, 0 if split_tokens is None else split_tokens, tree_mask, head_windows,
+            extra, head_map, out, lse)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("sparse_attention", e) from None
     return out if lse is None else (out, lse)
@@ -139,12 +139,13 @@ def sparse_attention(
 @torch.library.register_fake("kvkernels::sparse_attention")
 def _(q: Tensor, pools: list[Tensor], formats: list[int], page_size: int, page_table: Tensor, seq_lens: Tensor,
       pages: Tensor | None, tokens: Tensor | None, entries: Tensor | None, centre: Tensor | None,
-      balance: Tensor | None, scale: float, window_left: int, softcap: float, sinks: Tensor | None,
-      alibi_slopes: Tensor | None, split_tokens: int, tree_mask: Tensor | None, head_windows: Tensor | None,
-      extra: list[Tensor] | None, head_map: list[int] | None, out: Tensor, lse: Tensor | None) -> None:  # fmt: skip
+      balance: Tensor | None, order: Tensor | None, scale: float, window_left: int, softcap: float,
+      sinks: Tensor | None, alibi_slopes: Tensor | None, split_tokens: int, tree_mask: Tensor | None,
+      head_windows: Tensor | None, extra: list[Tensor] | None, head_map: list[int] | None, out: Tensor,
+      lse: Tensor | None) -> None:  # fmt: skip
     numbered = {f"pool tensor {i}": pool for i, pool in enumerate(pools)}
     _args.same_device("sparse_attention", q=q, **numbered, page_table=page_table, seq_lens=seq_lens, pages=pages,
-                      tokens=tokens, entries=entries, centre=centre, balance=balance, sinks=sinks,
+                      tokens=tokens, entries=entries, centre=centre, balance=balance, order=order, sinks=sinks,
                       alibi_slopes=alibi_slopes, tree_mask=tree_mask, head_windows=head_windows,
                       **_args.parts(extra, None), out=out, lse=lse)  # fmt: skip
 
@@ -196,13 +197,13 @@ def cases() -> list[dict[str, Any]]:
     heads, of all sequences, or both."""
     base = {"of": "pages", "part": 0.5, "Tq": 1, "Hq": 4, "Hkv": 2, "D": 128, "page_size": 16,
             "lens": (150, 1, 0, 300), "dtype": "float32", "formats": ("bf16",)}  # fmt: skip
-    packed = [f.name for f in formats() if f.packed]
-    mixed = ("bf16", "u2", "u4")
+    mixed = ("bf16", "u4", "m31/t1")
     both, kinds = ("pages", "tokens"), (("bf16",), ("u2",), mixed)
+    any_width = ("u8", "u2", "m31/t1")
     options = [o for o in _attention.OPTIONS if "head_map" not in o and o.get("Tq") != 16]
     return [
         *({**base, "of": of, "formats": (f.name,), "transform": True} for of in both for f in formats()),
-        *({**base, "of": of, "formats": (name,), "D": d} for of in both for name in packed[:4:3] for d in (64, 256)),
+        *({**base, "of": of, "formats": (f,), "D": d} for of in both for f in any_width for d in (64, 256)),
         *({**base, "of": of, "formats": (f,), "D": d} for of in both for f, d in (("bf16 NHD", 80), ("f16 HND", 192))),
         *({**base, "of": of, "formats": ("u3/u2", "bf16/u2", "kivi2/u4"), "page_size": 32} for of in both),
         *({**base, "of": of, "formats": mixed, "transform": True} for of in (*both, "entries")),

@@ -32,17 +32,18 @@ def write_kv(k: Tensor, v: Tensor, kv: PagedKV, pool: int, slots: Tensor) -> Non
     first, second, code = _args.one_pool("write_kv", kv, pool)
     if torch.is_grad_enabled():
         _args.refuse_grad("write_kv", k=k, v=v)
-    centre, balance = kv.transform or (None, None)
+    centre, balance, order = kv.transform or _args.NO_TRANSFORM
     try:
-        _op(k, v, first, second, code, kv.page_size, slots, centre, balance)
+        _op(k, v, first, second, code, kv.page_size, slots, centre, balance, order)
     except RuntimeError as e:
         raise _args.refused("write_kv", e) from None
 
 
 @torch.library.register_fake("kvkernels::write_kv")
 def _(k: Tensor, v: Tensor, pool: Tensor, pool_v: Tensor | None, format: int, page_size: int, slots: Tensor,
-      centre: Tensor | None, balance: Tensor | None) -> None:  # fmt: skip
-    _args.same_device("write_kv", k=k, v=v, pool=pool, pool_v=pool_v, slots=slots, centre=centre, balance=balance)
+      centre: Tensor | None, balance: Tensor | None, order: Tensor | None) -> None:  # fmt: skip
+    _args.same_device("write_kv", k=k, v=v, pool=pool, pool_v=pool_v, slots=slots, centre=centre, balance=balance,
+                      order=order)  # fmt: skip
 
 
 def reference(k: Tensor, v: Tensor, kv: PagedKV, pool: int, slots: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -66,9 +67,13 @@ def reference(k: Tensor, v: Tensor, kv: PagedKV, pool: int, slots: Tensor, dtype
 def cases() -> list[dict[str, Any]]:
     base = {"T": 37, "Hkv": 2, "D": 128, "page_size": 32, "dtype": "float32"}
     return [
-        *({**base, "format": name, "D": d, "transform": d == 128} for name in FORMATS for d in (64, 128, 256)),
+        *(
+            {**base, "format": name, "D": d, "transform": d == 128}
+            for name in FORMATS
+            for d in _reference.head_dims(name)
+        ),
         *({**base, "format": name, "dtype": t} for name in ("u2", "bf16", "f16") for t in ("float16", "bfloat16")),
-        *({**base, "format": name, "transform": True} for name in ("u3/u2", "bf16/u4", "u4/f16", "u2/kivi2")),
+        *({**base, "format": name, "transform": True} for name in ("u3/u2", "bf16/t1", "u4/f16", "m31/kivi2")),
         *({**base, "format": name, "page_size": 1, "D": d} for name in ("bf16", "f16 NHD") for d in (80, 96, 112, 192)),
         *({**base, "format": name} for name in ("bf16 HND", "bf16/f16 NHD")),
         {**base, "format": "u2", "T": 0},

@@ -1,0 +1,153 @@
+"""Mixed precision by saliency: tokens of a prompt in pools of different formats, by how much they matter."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvkernels.ops.write_kv import write_kv
+from kvkernels.paged_kv import PAGE_BITS, PAGE_MASK, PagedKV
+
+
+class TokenLayout(NamedTuple):
+    """Where `lay_tokens` put the tokens of B prompts. Attention takes place j of a sequence for its token j.
+
+    order:      int64 [B, T], the token of the prompt at each place; -1 past the end
+    slots:      int64 [B, T], of each place in its pool, as write_kv takes them; -1 past the end
+    page_table: int32 [B, max_pages], -1 past the end
+    seq_lens:   int32 [B]
+    """
+
+    order: Tensor
+    slots: Tensor
+    page_table: Tensor
+    seq_lens: Tensor
+
+
+def tier_tokens(
+    scores: Tensor,
+    budgets: Sequence[int],
+    *,
+    page_size: int,
+    seq_lens: Tensor | None = None,
+    recent_tokens: int = 0,
+) -> Tensor:
+    """The pool of every token of B prompts, by how much it matters.
+
+    scores        [B, T] floating point, not NaN; more matters more, of equal ones the earlier. Such as the attention of
+                  the last queries of the prompt, score_tokens(..., reduce="softmax_sum").sum(1); Inf for sinks
+    budgets       tokens for each pool but the last, the most important first; the last pool takes the rest
+    page_size     of the cache
+    seq_lens      int32 [B]; None: all T. Tokens past the end have no pool
+    recent_tokens the newest ones, whose scores are taken for Inf; no more than budgets[0]
+
+    Returns int32 [B, T], -1 past the end. Pools but the first get whole pages: budgets are rounded up to pages, as far
+    as there are tokens, and what fills no page stays in pool 0, which so holds up to page_size - 1 more.
+
+    Source: He et al. 2024, arXiv:2405.14256 (ZipCache): bits by the attention that tokens get; Yang et al. 2024,
+    arXiv:2402.18096 (MiKV): tokens that others would drop stay at few bits.
+    """
+    if scores.dim() != 2 or not scores.is_floating_point():
+        raise ValueError(f"tier_tokens: scores must be [B, T] floating point; got {scores.dtype} {list(scores.shape)}")
+    if not budgets or min(budgets) < 0:
+        raise ValueError(f"tier_tokens: budgets must be one number of tokens or more, at least 0; got {list(budgets)}")
+    if page_size < 1:
+        raise ValueError(f"tier_tokens: page_size must be at least 1; got {page_size}")
+    if not 0 <= recent_tokens <= budgets[0]:
+        raise ValueError(
+            f"tier_tokens: recent_tokens must be 0 to budgets[0] = {budgets[0]}, of pool 0; got {recent_tokens}"
+        )
+    B, T = scores.shape
+    if seq_lens is None:
+        lens = torch.full((B, 1), T, device=scores.device)
+    elif seq_lens.shape == (B,):
+        lens = seq_lens.long().unsqueeze(1)
+    else:
+        raise ValueError(f"tier_tokens: seq_lens must be [B] = [{B}], from scores; got {list(seq_lens.shape)}")
+    token = torch.arange(T, device=scores.device).expand(B, T)
+    alive = token < lens
+    weight = scores.masked_fill(token >= lens - recent_tokens, torch.inf).masked_fill(~alive, -torch.inf)
+    ranking = weight.sort(dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(ranking).scatter_(1, ranking, token)
+
+    left = lens - lens.clamp(max=budgets[0])
+    sizes = []  # of pools 1, 2, ...
+    for budget in budgets[1:]:
+        pages = torch.minimum(left // page_size, torch.full_like(left, -(-budget // page_size)))
+        sizes.append(pages * page_size)
+        left = left - sizes[-1]
+    sizes.append(left // page_size * page_size)
+    borders = lens - torch.cat(sizes, 1).flip(1).cumsum(1).flip(
+        1
+    )  # [B, pools - 1]: ranks at which pools 1, 2, ... begin
+    pool = (rank.unsqueeze(2) >= borders.unsqueeze(1)).sum(2, dtype=torch.int32)
+    return pool.masked_fill(~alive, -1)
+
+
+def lay_tokens(
+    k: Tensor, v: Tensor, kv: PagedKV, tiers: Tensor, pages: Sequence[Sequence[int] | Tensor]
+) -> TokenLayout:
+    """Write prompts into a cache, every token into its pool, and say where they are.
+
+    k, v    [B, T, Hkv, D], keys after RoPE, as write_kv takes them
+    kv      written in place
+    tiers   int32 [B, T], the pool of every token, of `tier_tokens`; -1: the token is left out
+    pages   for every pool its free pages, which are taken from the front, sequence by sequence
+
+    Returns the TokenLayout. Pages of pool 0 stand last in a sequence, those of the last pool first; tokens of a pool
+    keep their order. New tokens go on behind the newest of pool 0, in its last page (place n has slot
+    page * page_size + n % page_size) and in new pages of any pool. Attention sees tokens in the order of the layout,
+    which makes no difference to keys after RoPE and queries of appended tokens; only `window` and `alibi_slopes` would
+    count places.
+
+    The sizes of the tiers are read on the host. ValueError: shapes that do not fit, tokens of a pool other than 0 that
+    are no whole pages, a pool without enough free pages, and all that write_kv refuses.
+    """
+    size = kv.page_size
+    if k.dim() != 4 or tiers.shape != k.shape[:2] or tiers.is_floating_point():
+        raise ValueError(
+            f"lay_tokens: k must be [B, T, Hkv, D] and tiers int32 [B, T]; got {list(k.shape)} and {tiers.dtype} "
+            f"{list(tiers.shape)}"
+        )
+    if len(pages) != len(kv.pools):
+        raise ValueError(f"lay_tokens: pages must be a list for each of the {len(kv.pools)} pools; got {len(pages)}")
+    B, T = tiers.shape
+    tiers = tiers.long()
+    counts = torch.stack([(tiers == pool).sum(1) for pool in range(len(pages))], 1).tolist()
+    lens = (tiers >= 0).sum(1)
+    if (tiers >= len(pages)).any():
+        raise ValueError(f"lay_tokens: tiers name pool {int(tiers.max())}, but there are {len(pages)}")
+
+    free = [iter(own.tolist() if isinstance(own, Tensor) else own) for own in pages]
+    rows: list[list[int]] = []
+    for b, own in enumerate(counts):
+        row = []
+        for pool in reversed(range(len(pages))):
+            if pool and own[pool] % size:
+                raise ValueError(
+                    f"lay_tokens: tiers of sequence {b} have {own[pool]} tokens in pool {pool}, no whole pages of "
+                    f"{size}; only pool 0, whose pages stand last, may end within one"
+                )
+            for _ in range(-(-own[pool] // size)):
+                page = next(free[pool], None)
+                if page is None:
+                    raise ValueError(
+                        f"lay_tokens: pool {pool} needs {sum(-(-c[pool] // size) for c in counts)} pages; "
+                        f"got {len(pages[pool])}"
+                    )
+                row.append(kv.entry(pool, page))
+        rows.append(row)
+
+    width = -(-T // size)
+    table = torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32, device=k.device)
+    table = table.view(B, width)
+    alive = torch.arange(T, device=k.device) < lens.unsqueeze(1)
+    order = torch.where(tiers >= 0, -tiers, 1).sort(dim=1, stable=True).indices  # the last pool first
+    entries = table.long().repeat_interleave(size, 1)[:, :T]
+    slots = (entries & PAGE_MASK) * size + torch.arange(T, device=k.device) % size
+    for pool in range(len(pages)):
+        b, place = (alive & (entries >> PAGE_BITS == pool)).nonzero(as_tuple=True)
+        token = order[b, place]
+        write_kv(k[b, token], v[b, token], kv, pool, slots[b, place])
+    return TokenLayout(order.masked_fill(~alive, -1), slots.masked_fill(~alive, -1), table, lens.int())
