@@ -176,9 +176,12 @@ BACKENDS = {"quanto": ("Quanto", "optimum.quanto"), "hqq": ("HQQ", "hqq")}
 
 
 class Transformers:
-    """A quantised cache of transformers as it ships: backend "quanto" or "hqq", its own 16-bit window."""
+    """A quantised cache of transformers: backend "quanto" or "hqq", its own 16-bit window.
 
-    def __init__(self, k: Tensor, v: Tensor, backend: str, bits: int, axis: int, recent: int) -> None:
+    The first `sinks` tokens are kept out of it in 16 bits, as in Pages, which is more than transformers does.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, backend: str, bits: int, axis: int, sinks: int, recent: int) -> None:
         name, needs = BACKENDS[backend]
         importlib.import_module(needs)
         from transformers import cache_utils
@@ -186,12 +189,14 @@ class Transformers:
         self.layer = getattr(cache_utils, f"{name}QuantizedLayer")(
             nbits=bits, axis_key=axis, axis_value=axis, q_group_size=64, residual_length=recent
         )
-        self._update(k, v)
+        self.sinks = k[:sinks], v[:sinks]
+        self._update(k[sinks:], v[sinks:])
         stored = self.layer._quantized_keys, self.layer._quantized_values
-        self.bits = 8 * nbytes(stored) / (2 * k.numel())
+        self.bits = 8 * nbytes(stored) / (2 * k[sinks:].numel())
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal(q, *self._update(k, v))
+        rows = zip(self.sinks, self._update(k, v), strict=True)
+        return causal(q, *(torch.cat(side) for side in rows))
 
     def _update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.layer.update(*(x.transpose(0, 1)[None] for x in (k, v)))

@@ -31,7 +31,7 @@ CALIBRATION_CHUNKS = 4
 GENERATED = 256
 PASSKEY_TOKENS, PASSKEYS = 4096, 12
 CONTEXT = 2048  # at which bits in all are given
-SLOW_ITEMS = 6  # of HQQ's cache, which takes minutes for one
+SLOW_ITEMS = 3  # of HQQ's cache, which takes minutes for one
 
 
 class Recipe(NamedTuple):
@@ -42,6 +42,7 @@ class Recipe(NamedTuple):
     page_size: int = 64
     read: bool = False  # through read_kv and torch's attention
     backend: str = ""  # of transformers' QuantizedCache; format is then bits and axis
+    first: str = ""  # the format of the first quarter of the layers, if another
 
     @property
     def title(self) -> str:
@@ -54,17 +55,27 @@ class Recipe(NamedTuple):
             return "16 bits, torch"
         if not kk.format(self.format).rotated_k:
             notes = f", pages of {self.page_size}" if kk.format(self.format).whole_pages else ""
+        if self.first:
+            notes = f", {self.first} in the first quarter of the layers{notes}"
         return self.format + notes + (", read_kv and torch" if self.read else "")
 
-    @property
-    def principal(self) -> bool:
-        """Whether the slower measurements have it."""
-        if self.calibrated == "prompt" or self.read or self.backend == "hqq" or self.format in SIMULATED:
-            return False
-        return bool(self.calibrated or self.backend or not self.format or not kk.format(self.format).rotated_k)
+    def of_layer(self, layer: int, layers: int) -> Recipe:
+        return self._replace(format=self.first if self.first and layer < layers // 4 else self.format, first="")
 
 
 BASE = Recipe("")
+
+
+# keys and values of every row whose keys are calibrated on another text
+TEXT = (
+    *("u8", "u4", "u3", "u2", "u4/u2", "u3/u2", "u2.e5m3"),
+    *(f"{k}/{v}.e5m3" for k in ("m42", "m31", "m21") for v in ("u2", "t1", "b1")),
+    *("m31/t1", "u3/t1.e5m3", "u2/t1.e5m3", "u2/b1.e5m3", "t1.e5m3"),
+)
+
+
+# what the slower measurements have of it
+SHORT_TEXT = ("u4", "u3/u2", "u2", *(f"{k}/{v}.e5m3" for k in ("m42", "m31") for v in ("u2", "t1", "b1")))
 
 
 def recipes() -> list[Recipe]:
@@ -72,12 +83,13 @@ def recipes() -> list[Recipe]:
     installed = [b for b, (_, needs) in BACKENDS.items() if importlib.util.find_spec(needs.split(".")[0])]
     return [
         BASE,
-        *(Recipe(name) for name in ("bf16", "f16")),
+        Recipe("bf16"),
         *(Recipe("kivi2", page_size=size) for size in (32, 64, 128)),
         *(Recipe(name) for name in SIMULATED),
-        *(Recipe(name, "text") for name in ("u8", "u4", "u4/u2", "u3", "u3/u2", "u2")),
-        *(Recipe(name, "prompt") for name in ("u3/u2", "u2")),
-        *(Recipe(name) for name in ("u4", "u3/u2", "u2")),
+        *(Recipe(name, "text") for name in TEXT),
+        *(Recipe("m31/b1.e5m3", "text", first=name) for name in ("m31/t1.e5m3", "m42/t1.e5m3")),
+        *(Recipe(name, "prompt") for name in ("u2", "m31/u2.e5m3", "m31/t1.e5m3")),
+        *(Recipe(name) for name in ("u4", "u3/u2", "u2", "m31/u2.e5m3")),
         Recipe("u2", "text", read=True),
         *(Recipe(f"{bits} bits, axis {axis}", backend="quanto") for bits in (4, 2) for axis in (0, -1)
           if "quanto" in installed),
@@ -85,11 +97,25 @@ def recipes() -> list[Recipe]:
     ]  # fmt: skip
 
 
+def short_list() -> list[Recipe]:
+    """For the slower measurements."""
+    return [
+        BASE,
+        Recipe("kivi2", page_size=32),
+        *(r for r in recipes() if r.calibrated == "text" and r.format in SHORT_TEXT and not r.first and not r.read),
+        *(r for r in recipes() if r.backend == "quanto"),
+    ]
+
+
 class Found(NamedTuple):
     recipe: Recipe
     bits: tuple[float, float, float]  # of K, of V, in all
     values: list[float]  # per item that was measured
     base: list[float]  # of the same items in 16 bits
+
+    @property
+    def page_bits(self) -> float:
+        return (self.bits[0] + self.bits[1]) / 2
 
     @property
     def mean(self) -> float:
@@ -144,7 +170,10 @@ class Bench:
     def caches(self, recipe: Recipe, prompt: list[Rows], max_tokens: int) -> list[Cache]:
         """What a prompt left in 16 bits, as the recipe stores it."""
         transforms = self.transforms(recipe, prompt)
-        return [self.cache(recipe, rows, t, max_tokens) for rows, t in zip(prompt, transforms, strict=True)]
+        return [
+            self.cache(recipe.of_layer(i, len(prompt)), rows, t, max_tokens)
+            for i, (rows, t) in enumerate(zip(prompt, transforms, strict=True))
+        ]
 
     def cache(self, recipe: Recipe, rows: Rows, transform: kk.KVTransform | None, max_tokens: int) -> Cache:
         """Of one layer."""
@@ -152,7 +181,7 @@ class Bench:
             return rows.copy()
         if recipe.backend:
             bits, axis = recipe.format.split(" bits, axis ")
-            return Transformers(rows.k, rows.v, recipe.backend, int(bits), int(axis), BLOCK)
+            return Transformers(rows.k, rows.v, recipe.backend, int(bits), int(axis), SINKS, BLOCK)
         sizes = recipe.page_size, SINKS, BLOCK, max_tokens
         if recipe.format in SIMULATED:
             sides = SIMULATED[recipe.format]
@@ -168,15 +197,19 @@ class Bench:
         return torch.cat(logits)
 
     def bits(self, recipe: Recipe) -> tuple[float, float, float]:
-        """Per element of K, of V, and of both at CONTEXT tokens with sinks and padding. Transformers: of its prompt."""
-        dim = self.model.head_dim
+        """Per element of K, of V, and of both at CONTEXT tokens with sinks and padding."""
+        dim, layers, sink_share = self.model.head_dim, self.model.layers, SINKS / CONTEXT
         if recipe == BASE:
             return 16.0, 16.0, 16.0
+        if recipe.first:
+            each = [self.bits(recipe.of_layer(i, layers)) for i in range(layers)]
+            of_k, of_v, in_all = (statistics.fmean(b) for b in zip(*each, strict=True))
+            return of_k, of_v, in_all
         if recipe.backend:
-            cache = self.cache(recipe, self.random_prompt(PREFILL), None, PREFILL)
+            cache = self.cache(recipe, self.random_prompt(SINKS + PREFILL), None, PREFILL)
             assert isinstance(cache, Transformers)
-            return (cache.bits,) * 3
-        size, sink_share = recipe.page_size, SINKS / CONTEXT
+            return cache.bits, cache.bits, 16 * sink_share + cache.bits * (1 - sink_share)
+        size = recipe.page_size
         if recipe.format in SIMULATED:
             of_k, of_v = (side.bits(dim, size) for side in SIMULATED[recipe.format])
             return of_k, of_v, 16 * sink_share + (of_k + of_v) / 2 * (1 - sink_share)
@@ -199,6 +232,8 @@ class Bench:
             import transformers
 
             return f"torch {torch.__version__}, transformers {transformers.__version__}"
+        if recipe.first:
+            return " ".join(self.fingerprint(recipe.of_layer(i, 4)) for i in range(2))  # one of the first quarter
         prompt = self.random_prompt(SINKS + 3 * BLOCK)
         transform = calibrate([[prompt]])[0] if recipe.calibrated else None
         cache = self.cache(recipe, prompt, transform, 4 * BLOCK)
