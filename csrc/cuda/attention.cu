@@ -17,10 +17,9 @@ void with_tile(const AttentionParams& p, F&& f) {
       f(d, Int<1>{}, std::true_type{});
     } else {
       if (rows <= 8 && !several) return f(d, Int<1>{}, std::false_type{});
-      // Packed formats at 256: two tiles with a second term of q, or of several nodes, take more registers than there
-      // are.
+      // Packed formats at 256: two tiles take more registers than there are.
       if constexpr (D == 256)
-        if (packed && (several || p.dtype == DType::f16)) return f(d, Int<1>{}, std::true_type{});
+        if (packed) return f(d, Int<1>{}, std::true_type{});
       if (several) return f(d, Int<2>{}, std::true_type{});
       f(d, Int<2>{}, std::false_type{});
     }
@@ -53,7 +52,7 @@ void attention(const AttentionParams& p, const CudaExec& exec) {
     if constexpr (!Shared || NT == 2 || D == 576) {
       if (!any_packed(p)) return launch_dense<D, NT, false, Shared>(p, exec);
     }
-    if constexpr (D == 64 || D == 128 || (D == 256 && (!Shared || NT == 1))) {
+    if constexpr (D == 64 || D == 128 || (D == 256 && NT == 1)) {
       launch_dense<D, NT, true, Shared>(p, exec);
     }
   });

@@ -10,17 +10,6 @@ namespace kk::cuda {
 
 constexpr int kMergeBlocks = 1024;  // about as many; every one of them reads seq_lens
 
-// Bytes of `tokens` tokens of one side in a stage.
-template <int D>
-int stage_side(Format format, Side side, int tokens) {
-  int bytes = 0;
-  with_format(format, [&](auto fmt) {
-    using Fmt = decltype(fmt);
-    bytes = Fmt::packed ? static_cast<int>(Fmt::side_bytes(side, tokens, D)) : tokens * Tile<D, 1>::kPitch;
-  });
-  return bytes;
-}
-
 inline bool is_packed(Format f) {
   bool packed = false;
   with_format(f, [&](auto fmt) { packed = decltype(fmt)::packed; });
@@ -30,6 +19,14 @@ inline bool is_rotated(Format f) {
   bool rotated = false;
   with_format(f, [&](auto fmt) { rotated = decltype(fmt)::rotated; });
   return rotated;
+}
+inline bool is_halves(Format f) {
+  bool halves = false;
+  with_format(f, [&](auto fmt) {
+    using Fmt = decltype(fmt);
+    if constexpr (Fmt::rotated) halves = Fmt::parts == 2;
+  });
+  return halves;
 }
 
 inline bool any_packed(const AttentionParams& p) {
@@ -44,8 +41,6 @@ inline void check_pools(const AttentionParams& p) {
   for (int i = 0; i < p.num_pools; ++i) {
     const Pool& pool = p.pools[i];
     const std::string name = "pool " + std::to_string(i);
-    if (pool.k_format > Format::kivi2 || pool.v_format > Format::kivi2)
-      refuse("the format of " + name + " is not on CUDA yet");
     if (p.dtype == DType::f16 && (pool.k_format == Format::bf16 || pool.v_format == Format::bf16))
       refuse("q is float16, but " + name +
              " holds bf16, whose numbers may not fit float16; on CUDA use "
@@ -60,33 +55,53 @@ inline void check_pools(const AttentionParams& p) {
   }
 }
 
-template <int D>
-SideArrays side_arrays(Format format, Side side, int64_t page_size) {
-  const int ps = static_cast<int>(page_size);
-  SideArrays s{};
+// The arrays of a side, for a stage of `tokens` tokens; returns the bytes that they take there.
+template <int D, int N>
+int stage_side(Format format, Side side, int64_t page_size, int tokens, SideArray (&arrays)[N], Codes& codes) {
+  int bytes = 0, n = 0;
+  const auto add = [&](int64_t offset, int64_t stride, int64_t size, int64_t fixed = 0) {
+    if (size + fixed == 0) return;
+    arrays[n++] = {static_cast<int>(offset), static_cast<int>(stride), static_cast<int>(fixed), bytes,
+                   static_cast<int>(size)};
+    bytes += static_cast<int>(tokens * size + fixed);
+  };
+  codes = {};
   with_format(format, [&](auto fmt) {
     using Fmt = decltype(fmt);
-    if constexpr (Fmt::rotated) {
-      using Part = typename Fmt::template Part<0>;
-      s.array[0] = {0, static_cast<int>(Part::low_row(D)), 0};
-      s.array[1] = {static_cast<int>(Part::plane1_offset(ps, D)), static_cast<int>(Part::high_row(D)), 0};
-      s.array[2] = {static_cast<int>(Part::scales_offset(ps, D)), static_cast<int>(Part::scale_row(D)), 0};
-    } else if constexpr (Fmt::packed) {
-      s.array[0] = {0, D / 4, 0};
-      const int scales = static_cast<int>(Fmt::scale_offset(ps, D)),
-                zeros = static_cast<int>(Fmt::zero_offset(side, ps, D));
-      s.array[1] = side == Side::K ? SideArray{scales, 0, D * 2} : SideArray{scales, D / 32 * 2, 0};
-      s.array[2] = side == Side::K ? SideArray{zeros, 0, D * 2} : SideArray{zeros, D / 32 * 2, 0};
+    const auto add_part = [&](auto part, int64_t from, int64_t channels) {
+      using Part = decltype(part);
+      const bool trits = std::is_same_v<typename Part::Grid, Ternary>;
+      codes.bits[codes.parts++] = trits ? 2 : Part::bits;
+      codes.trits = trits;
+      codes.short_scales = sizeof(typename Part::Scale::Bits) == 1;
+      const int64_t low = Part::low_row(channels), high = Part::high_row(channels), scales = Part::scale_row(channels);
+      add(from, low, trits ? channels / 4 : low);
+      add(from + Part::plane1_offset(page_size, channels), high, high);
+      add(from + Part::scales_offset(page_size, channels), scales, 2 * Part::groups(channels));
+    };
+    if constexpr (!Fmt::packed) {
+      bytes = tokens * Tile<D, 1>::kPitch;
+    } else if constexpr (Fmt::rotated) {
+      add_part(typename Fmt::template Part<0>{}, 0, D / Fmt::parts);
+      if constexpr (Fmt::parts == 2)
+        add_part(typename Fmt::template Part<1>{}, Fmt::part_offset(1, page_size, D), D / 2);
+    } else {
+      const bool keys = side == Side::K;
+      const int64_t token = keys ? 0 : D / 32 * 2, fixed = keys ? D * 2 : 0;
+      add(0, D / 4, D / 4);
+      add(Fmt::scale_offset(page_size, D), token, token, fixed);
+      add(Fmt::zero_offset(side, page_size, D), token, token, fixed);
     }
   });
-  return s;
+  return bytes;
 }
 
 inline Queries queries_for(Format k) {
   return k == Format::f16    ? kQueriesF16
          : k == Format::bf16 ? kQueriesBf16
-         : is_rotated(k)     ? kQueriesRotated
-                             : kQueriesPlain;
+         : !is_rotated(k)    ? kQueriesPlain
+         : is_halves(k)      ? kQueriesHalves
+                             : kQueriesRotated;
 }
 
 // What a stage holds when a unit is so many tokens.
@@ -100,17 +115,20 @@ void set_unit(Layout& layout, const AttentionParams& p, int unit) {
     const Format k = pool.k_format, v = pool.v_format;
     const bool packed = is_packed(k) && is_packed(v);
     const int tokens = packed ? unit : 16;
-    const int k_bytes = stage_side<D>(k, Side::K, tokens), v_bytes = stage_side<D>(v, Side::V, tokens);
     PoolLayout& own = layout.pools[i];
-    own = {side_arrays<D>(k, Side::K, p.page_size), side_arrays<D>(v, Side::V, p.page_size), tokens,
-           kHeader<Sparse> + k_bytes};
+    own = {};
+    own.tokens = tokens;
+    const int k_bytes = stage_side<D>(k, Side::K, p.page_size, tokens, own.k, own.codes[0]);
+    const int v_bytes = stage_side<D>(v, Side::V, p.page_size, tokens, own.v, own.codes[1]);
+    own.v_offset = kHeader<Sparse> + k_bytes;
+    own.grows = own.codes[0].trits || own.codes[0].short_scales || own.codes[1].trits || own.codes[1].short_scales;
     const bool v_in_k = !packed && pool.v == pool.k && k == v && pool.v_page == pool.k_page &&
                         pool.v_head == pool.k_head && pool.v_token == pool.k_token && p.k_share == p.v_share;
     if (v_in_k) own.v_offset = kHeader<Sparse>;
     const bool in_one_piece = pool.v == pool.k + k_bytes && pool.v_page == pool.k_page && pool.v_head == pool.k_head;
-    if (packed && tokens == p.page_size && in_one_piece && !layout.gather) {
-      own.k = {{{0, 0, k_bytes + v_bytes}}};
-      own.v = {};
+    if (packed && tokens == p.page_size && in_one_piece && !layout.gather && !own.grows) {
+      own.k[0] = {0, 0, k_bytes + v_bytes, 0, 0};
+      own.k[1] = own.v[0] = {};
     }
     most_tokens = std::max(most_tokens, tokens);
     layout.stage_bytes = std::max({layout.stage_bytes, kHeader<Sparse> + k_bytes, own.v_offset + v_bytes});
@@ -154,6 +172,7 @@ Layout make_layout(const AttentionParams& p, const CudaExec& exec) {
     needed[kind] = true;
     // A rotated float16 query has more than the 11 bits it came with; bf16 ones come with 8.
     if (kind == kQueriesRotated && p.dtype == DType::f16) needed[kQueriesRotatedRest] = true;
+    if (kind == kQueriesHalves && p.dtype == DType::f16) needed[kQueriesHalvesRest] = true;
     const Format v = p.pools[i].v_format, first = p.pools[0].v_format;
     all_rotated &= is_rotated(v);
     if (v == Format::bf16) layout.row_factor = 1.0f;

@@ -21,22 +21,45 @@ namespace kk::cuda {
 constexpr int kMaxWarps = 4;
 constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps idle and make more parts to merge
 
-// The queries that the K side of a format is multiplied with. Each kind that the pools need is made once per segment.
-enum Queries : int { kQueriesF16, kQueriesBf16, kQueriesRotated, kQueriesRotatedRest, kQueriesPlain, kQueryKinds };
+// The queries that the K side of a format is multiplied with: those of rotated formats of one part and of two (halves), each
+// as one fp16 number or two, and others. Each kind that the pools need is made once per segment.
+enum Queries : int {
+  kQueriesF16,
+  kQueriesBf16,
+  kQueriesRotated,
+  kQueriesRotatedRest,
+  kQueriesHalves,
+  kQueriesHalvesRest,
+  kQueriesPlain,
+  kQueryKinds
+};
 
-// One side of a page of packed format is up to three arrays. In a stage they lie behind each other.
+// One side of a page of packed format is a few arrays: codes, high bits and scales, of each part. In a stage they lie behind
+// each other, in rooms for what expand() makes of them; what grows is copied to the end of its room.
 struct SideArray {
-  int offset;  // in the side
-  int stride;  // bytes of a token
-  int fixed;   // bytes that belong to no token (channel scales of kivi2)
+  int offset;      // in the side
+  int stride;      // bytes of a token
+  int fixed;       // bytes that belong to no token (channel scales of kivi2)
+  int room, size;  // in a stage: where its room begins, and bytes of a token in that
 };
-struct SideArrays {
-  SideArray array[3];
+constexpr int kKeyArrays = 5, kValueArrays = 3;
+
+// Codes with a scale per token as they lie in a stage.
+struct Codes {
+  int8_t parts;       // of the channels; 0: other formats
+  int8_t bits[2];     // of the parts
+  bool trits;         // a page has five codes to a byte; in a stage they have 2 bits
+  bool short_scales;  // a page has scales of 8 bits; in a stage they are fp16
 };
+
 struct PoolLayout {
-  SideArrays k, v;  // k may be the whole page, which has both sides in one piece; v is empty then
-  int tokens;       // of a stage: 16 where a side has 16-bit rows, else a unit
-  int v_offset;     // of the V side in a stage; that of the K side where V lies in K's rows
+  SideArray
+      k[kKeyArrays];  // up to an empty one. May be the whole page, which has both sides in one piece; v is empty then
+  SideArray v[kValueArrays];
+  Codes codes[2];  // of K and V
+  bool grows;      // in a stage
+  int tokens;      // of a stage: 16 where a side has 16-bit rows, else a unit
+  int v_offset;    // of the V side in a stage; that of the K side where V lies in K's rows
 };
 
 struct Layout {

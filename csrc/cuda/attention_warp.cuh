@@ -1,11 +1,5 @@
 // What one warp of attention_kernel does in a segment: it loads units, scores them, and sums over V.
 //
-// Tokens are the 16 rows of mma.m16n8k16 and query rows its 8 columns, so that a group of 1 to 8 heads wastes half as
-// much as with the roles exchanged:
-//   S^T [16 tokens x 8 rows] = K [16 x D] Q^T        O^T [D x 8 rows] += V^T [D x 16 tokens] P^T
-// Row m of an operand is token m ^ (m >> 2 & 1) of its eight: lanes that read tokens 0 2 4 6 of 32 bytes would meet in
-// the same banks of shared memory, those that read 0 2 5 7 do not. Lane = 4 g + c throughout, as in ptx.cuh.
-//
 // Scales stay out of the products: those of K go on the scores, those of V on the weights, which become fp16 with a
 // power of two common to the warp. Packed formats sum in the rotated basis; sums of different bases are brought to the
 // plain one when a warp goes from one to another, and at the end.
@@ -13,71 +7,19 @@
 // Warps that share the units of a segment go their own ways. Where each has rows of its own (`Shared`,
 // Segment::own_rows) every warp still loads only its units, but all of them use what all have loaded: the stages come
 // from L2 once for the rows of a block, and a barrier in every step keeps the warps together.
-//
-// With a selection (`Sparse`) a token has two numbers: its place among the selected ones, by which work is cut, and its
-// position in the sequence, which says who sees it. A unit is tokens of one page as ever, or where Layout::gather 16
-// from anywhere: these are copied one by one to where a page of 16 tokens would have them.
 #pragma once
-#include "cuda/attention_schedule.cuh"
-#include "cuda/codes.cuh"
+#include "cuda/attention_queries.cuh"
+#include "cuda/attention_stages.cuh"
 #include "kvkernels/core/grid.h"
 
 namespace kk::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f;
 // The running maximum before a score was seen. Finite, so that a difference of two is never NaN; a row whose scores are
 // all masked keeps it and has l = 0.
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kNoFactor = 1099511627776.0f;  // 2^40: the first scale above 0 exceeds what this allows
 constexpr uint32_t kQuarters = twice(0x3400);  // fp16 (0.25, 0.25)
 constexpr float kWeightFactor = 32768.0f;      // on weights in fp16, which are at most 1: small ones keep their bits
-
-// What sums over V are in: order of channels and basis.
-enum Basis : int { kNoBasis, kRowBasis, kRotatedBasis, kPlainBasis };
-
-struct Row {
-  float q_scale;  // from the product with scaled queries to the score
-  float q_mu;     // what centring took from the scores of rotated keys
-  float slope;    // ALiBi
-  int before;     // the row sees tokens before this one,
-  uint32_t bits;  // and token before + j if bit j is set
-  int position;   // of the query, from which windows and ALiBi count
-  int b;          // sequence
-  int16_t t, head;
-};
-
-template <int D, int NT>
-struct Tile {
-  static constexpr int kDv = D == 576 ? 512 : D;
-  static constexpr int kRows = 8 * NT;
-  static constexpr int kSteps = D / 16;         // of 16 channels: k in scores,
-  static constexpr int kValueSteps = kDv / 16;  // rows of O^T in the sums
-  static constexpr int kStepPairs = (kSteps + 1) / 2;
-  static constexpr int kQueryBytes = NT * kStepPairs * 32 * 16;
-  static constexpr int kRowLanes = D <= 64 ? 8 : D <= 128 ? 16 : 32;   // lanes that hold a row, 8 channels each,
-  static constexpr int kOctets = (D / 8 + kRowLanes - 1) / kRowLanes;  // or these times as many
-  static constexpr int kValueOctets = (kDv / 8 + kRowLanes - 1) / kRowLanes;
-  static constexpr int kPitch = D * 2 + 16;         // bytes of a 16-bit row in a stage: 8 rows, all banks
-  static constexpr int kSumPitch = kDv + 4;         // floats of a row of sums
-  static constexpr int kGroup = D < 128 ? D : 128;  // channels that share a scale
-  [[maybe_unused]] static constexpr int kGroups = D / kGroup;
-  static constexpr bool kTwoTerms = D * NT < 512;  // rotated float16 queries as two fp16 numbers; more would spill
-};
-
-// Of a stage: place of its first token, pool (-1: nothing); with a selection two positions, from the first on and before
-// the other (or, where some of 16 are missing, any), positions of 16 tokens where these are gathered (-1: none), and
-// words with their scales in them, of K and of V.
-template <bool Sparse>
-constexpr int kHeader = Sparse ? 16 + 16 * 4 + 2 * 16 * 4 : 16;
-constexpr int kPositions = 16, kScaleWords = kPositions + 16 * 4;
-
-__device__ __forceinline__ int code_bits(Format f) {
-  return f == Format::u8 ? 8 : f == Format::u4 ? 4 : f == Format::u3 ? 3 : 2;
-}
-__device__ __forceinline__ bool is_rows(Format f) { return f == Format::bf16 || f == Format::f16; }
-
-// Of the query with this tree mask, or of its token: ancestors in the tree.
-__device__ __forceinline__ int depth(uint32_t bits) { return __popc(bits) - 1; }
 
 // The tokens of a stage, in tiles of 16.
 struct Tokens {
@@ -100,7 +42,6 @@ struct Warp {
   const Segment& seg;
   const uint8_t* queries;
   const Row* rows;
-  uint8_t* stages;      // of the warp
   float4* tile_scores;  // [unit / 16][NT][32]
   float* sums;          // [kRows][kSumPitch]
   State* state;         // [kRows]
@@ -116,12 +57,7 @@ struct Warp {
   int basis;       // of acc
   bool sums_used;
 
-  int end, len;   // of the segment, of the node's tokens or the selected ones
-  int unit, sub;  // what is loaded next: tile of the unit, or bits of the gathered tokens that were loaded
-  int32_t entry,
-      next_entry;               // page-table entries: of this unit and of the warp's next
-  int position, next_position;  // with a selection, of token lane % 16
-  int issued;                   // stages
+  Stages<D, NT, Packed, Shared, Sparse> loads;
 
   __device__ Warp(const ParamsOf<Sparse>& params, const Segment& segment, const uint8_t* own_queries, const Row* row,
                   uint8_t* own, float4* own_scores, float* own_sums, State* own_state, uint32_t fp16_bias)
@@ -129,11 +65,11 @@ struct Warp {
         seg(segment),
         queries(own_queries),
         rows(row),
-        stages(own),
         tile_scores(own_scores),
         sums(own_sums),
         state(own_state),
-        bias(fp16_bias) {
+        bias(fp16_bias),
+        loads(params, segment, own) {
     lane = threadIdx.x % 32;
     g = lane / 4;
     c = lane % 4;
@@ -155,40 +91,29 @@ struct Warp {
     v_factor = kNoFactor;
     basis = kNoBasis;
     sums_used = false;
-    end = seg.end;
-    len = seg.span.end;
-    unit = seg.begin + threadIdx.x / 32;
-    sub = issued = 0;
-    find_unit(unit, entry, position);
-    find_unit(unit + p.layout.warps, next_entry, next_position);
   }
 
   __device__ void run() {
     const int n_stages = p.layout.stages, warp = threadIdx.x / 32;
     const bool own_rows = Shared && seg.own_rows, idle = own_rows && warp * T::kRows >= seg.rows;
     // Tokens that all rows see; with a tree, depths are at most 31.
-    const int tokens = Sparse ? seg.node.end : len;
+    const int tokens = Sparse ? seg.node.end : seg.span.end;
     const int last_position = p.tree_mask ? tokens - static_cast<int>(p.Tq) + 31 : tokens - 1;
     const int seen_by_all_from = seg.span.window < 0 ? 0 : max(last_position - seg.span.window, 0);
     const int seen_by_all_to = seg.node.sequences > 1 ? tokens : min(rows[0].before + !p.tree_mask, tokens);
     int filled = 0, used = 0;
-    for (int step = 1 - n_stages; own_rows || step < issued; ++step) {  // the first steps only load
-      uint8_t* stage = stages + used * p.layout.stage_bytes;
+    for (int step = 1 - n_stages; own_rows || step < loads.issued; ++step) {  // the first steps only load
+      uint8_t* stage = loads.stages + used * p.layout.stage_bytes;
       if (step >= 0) {
-        wait_oldest();
-        if (Packed) {
-          if (Sparse && p.layout.gather)
-            place_scales(stage);
-          else
-            clear_unseen(stage);
-        }
+        loads.wait_oldest();
+        if constexpr (Packed) loads.finish(stage);
         // everybody's copies have landed, and everybody has left the stage that is filled now
         if (own_rows)
           __syncthreads();
         else
           __syncwarp();
       }
-      issue(filled);
+      loads.issue(filled);
       __syncwarp();  // the products below are for whole warps
       filled = filled + 1 == n_stages ? 0 : filled + 1;
       if (step < 0) continue;
@@ -215,14 +140,15 @@ struct Warp {
 
   __device__ void use(uint8_t* stage, int seen_by_all_from, int seen_by_all_to) {
     const int2 header = *reinterpret_cast<const int2*>(stage);
-    const Format k_format = p.pools[header.y].k_format, v_format = p.pools[header.y].v_format;
+    const Pool& pool = p.pools[header.y];
+    const PoolLayout& layout = p.layout.pools[header.y];
     Tokens t;
     t.k = stage + kHeader<Sparse>;
-    t.v = stage + p.layout.pools[header.y].v_offset;
-    t.count = Packed ? p.layout.pools[header.y].tokens : 16;
+    t.v = stage + layout.v_offset;
+    t.count = Packed ? layout.tokens : 16;
     t.place = header.x;
     t.begin = t.place < seg.span.sink ? 0 : max(seg.span.first_token - t.place, 0) / 16;
-    t.end = min(t.count, len - t.place + 15) / 16;
+    t.end = min(t.count, seg.span.end - t.place + 15) / 16;
     int from = t.place + 16 * t.begin, to = t.place + 16 * t.end;
     const bool behind_sink = to > seg.span.sink;
     if constexpr (Sparse) {
@@ -234,234 +160,9 @@ struct Warp {
     t.edge = (from < seen_by_all_from && behind_sink) || to > seen_by_all_to;
     if (t.begin >= t.end) return;  // 16 rows of a unit, before the window
     float top[NT][2];
-    scores(k_format, t, top);
+    scores(pool.k_format, layout.codes[0], t, top);
     raise_maximum(top);
-    values(v_format, t);
-  }
-
-  // ---- loads
-
-  __device__ int page_of(int token) const {
-    return static_cast<int>(static_cast<uint64_t>(token) * p.layout.page_magic >> p.layout.page_shift);
-  }
-
-  // Position of unit u of the segment's list.
-  __device__ int first_token_of(int u) const {
-    const Span& span = seg.span;
-    return span.begin + (u < span.sink_units ? u : u - span.sink_units + span.first_unit) * p.layout.unit;
-  }
-  __device__ bool visible(int token) const {
-    return token < len && (token >= seg.span.first_token || token < seg.span.sink);
-  }
-
-  // Page-table entry and position of unit u.
-  __device__ void find_unit(int u, int32_t& entry_of, int& position_of) const {
-    entry_of = position_of = 0;
-    if (u >= end) return;
-    // Of token lane % 16 where a page has no whole units (16 consecutive tokens then); entries of tokens that are not
-    // visible are not looked at, but that of one of the unit which is.
-    const int first = first_token_of(u) + lane % 16;
-    int token = min(first, len - 1);
-    if (!visible(token)) token = u < seg.span.sink_units ? seg.span.sink - 1 : seg.span.first_token;
-    const int32_t* table = p.page_table + seg.table * p.table_stride;
-    if constexpr (Sparse) {
-      const Selection& s = p.selection;
-      const int of_run = static_cast<int>(s.tokens), run = of_run == 1 ? token : page_of(token);
-      const int last = of_run == 1 ? seg.node.end - 1 : page_of(seg.node.end - 1);
-      // a wrong index is not to name an entry beyond the table
-      const int index = min(max(s.index[seg.table * s.index_batch + seg.group * s.index_head + run], 0), last);
-      position_of = index * of_run + (p.layout.gather ? token : first) - run * of_run;
-      entry_of = s.entries ? s.entries[seg.table * s.entries_batch + seg.group * s.entries_head + run]
-                           : table[of_run == 1 ? page_of(index) : index];
-    } else {
-      entry_of = table[page_of(token)];
-    }
-  }
-
-  // `side`: of the page and head. Its tokens token ... token + n - 1.
-  __device__ void copy_arrays(uint8_t* to, const uint8_t* side, const SideArrays& arrays, int token, int n) const {
-    uint32_t dst = ptx::smem_u32(to) + lane * 16;
-    side += lane * 16;
-    const auto next_array = [&](const SideArray& array, auto copy) {
-      const int bytes = n * array.stride + array.fixed;
-      if (bytes == 0) return;
-      copy(side + (array.offset + token * array.stride), bytes - lane * 16);
-      dst += bytes;
-    };
-    next_array(arrays.array[0], [&](const uint8_t* from, int bytes) {
-#pragma unroll 1
-      for (int i = 0; i < bytes; i += 4 * 512)
-#pragma unroll
-        for (int j = 0; j < 4 * 512; j += 512)
-          if (i + j < bytes) ptx::cp_async<16>(dst + i + j, from + i + j);
-    });
-    const auto small = [&](const uint8_t* from, int bytes) {
-#pragma unroll 1
-      for (int i = 0; i < bytes; i += 512) ptx::cp_async<16>(dst + i, from + i);
-    };
-    next_array(arrays.array[1], small);
-    next_array(arrays.array[2], small);
-  }
-
-  // The gathered tokens of one side, token lane % 16 of `side` at in_page, into the arrays of a page of 16 tokens; zeros
-  // where there is none. `of_page`: the side of the page that arrays without tokens come from.
-  __device__ void copy_tokens(uint8_t* to, uint8_t* scale_words, const uint8_t* side, const uint8_t* of_page,
-                              const SideArrays& arrays, int in_page, bool exists) const {
-    const int token = lane % 16, half = lane / 16;
-    uint32_t dst = ptx::smem_u32(to);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const SideArray& array = arrays.array[i];
-      const uint8_t* from = side + array.offset + in_page * array.stride;
-      const uint32_t own = dst + token * array.stride;
-      if (array.stride >= 16) {
-#pragma unroll 1
-        for (int j = half * 16; j < array.stride; j += 32) ptx::cp_async<16>(own + j, exists ? from + j : p.q, exists);
-      } else if (half == 0 && array.stride > 0) {
-        if (array.stride == 8)
-          ptx::cp_async<8>(own, exists ? from : p.q, exists);
-        else if (array.stride == 4)
-          ptx::cp_async<4>(own, exists ? from : p.q, exists);
-        else  // one of the two scales of a word
-          ptx::cp_async<4>(ptx::smem_u32(scale_words) + 4 * token, exists ? from - in_page % 2 * 2 : p.q, exists);
-      }
-#pragma unroll 1
-      for (int j = lane * 16; j < array.fixed; j += 512) ptx::cp_async<16>(dst + j, of_page + array.offset + j);
-      dst += 16 * array.stride + array.fixed;
-    }
-  }
-
-  // Scales of 2 bytes come in words of 4: cp.async copies no less.
-  __device__ void place_scales(uint8_t* stage) const {
-    if constexpr (Packed && Sparse && T::kGroups == 1) {
-      const int pool = reinterpret_cast<const int2*>(stage)->y, token = lane % 16;
-      if (Shared && pool < 0) return;
-      __syncwarp();  // everybody's copies have landed
-      const bool values = lane >= 16;
-      const Format format = values ? p.pools[pool].v_format : p.pools[pool].k_format;
-      if (is_rows(format) || format == Format::kivi2) return;
-      uint8_t* side = stage + (values ? p.layout.pools[pool].v_offset : kHeader<Sparse>);
-      const uint32_t word = reinterpret_cast<const uint32_t*>(stage + kScaleWords)[lane];
-      const int odd = reinterpret_cast<const int*>(stage + kPositions)[token] & 1;
-      reinterpret_cast<uint16_t*>(side + 16 * (D * code_bits(format) / 8))[token] =
-          static_cast<uint16_t>(word >> 16 * odd);
-    }
-  }
-
-  // 16 rows of 16-bit numbers; `row` is that of token lane % 16, null where there is none: zeros, as 0 * NaN is NaN.
-  template <int Channels>
-  __device__ void copy_rows(uint8_t* to, const uint8_t* row) const {
-    constexpr int pieces = Channels / 8;
-    const uint32_t dst = ptx::smem_u32(to);
-#pragma unroll 4
-    for (int i = lane; i < 16 * pieces; i += 32) {
-      const int r = i / pieces, at = i % pieces * 16;
-      const auto from = reinterpret_cast<const uint8_t*>(
-          __shfl_sync(kWholeWarp, static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(row)), r));
-      // nothing is read from p.q, but it is an address that exists
-      ptx::cp_async<16>(dst + r * T::kPitch + at, from ? from + at : p.q, from != nullptr);
-    }
-  }
-
-  // The next tokens into a stage: 16 where a side has 16-bit rows, else a unit; of gathered ones those that lie in one
-  // pool, or in one page if its keys have scales in common. One commit group per call.
-  __device__ void issue(int stage) {
-    uint8_t* to = stages + stage * p.layout.stage_bytes;
-    if (unit < end) {
-      const bool gather = Sparse && p.layout.gather;
-      const int first = first_token_of(unit) + (gather ? 0 : sub * 16), token = first + lane % 16;
-      bool exists = visible(token);
-      int32_t source = entry;
-      uint32_t left = 0, taken = 0;
-      if (gather) {
-        exists &= !(sub >> lane % 16 & 1);
-        left = __ballot_sync(kWholeWarp, exists) & 0xffffu;
-        source = __shfl_sync(kWholeWarp, entry, __ffs(left) - 1);
-        const int differ = entry ^ source;
-        exists &= (Packed && p.pools[source >> 28].k_format == Format::kivi2 ? differ : differ >> 28) == 0;
-        taken = __ballot_sync(kWholeWarp, exists) & 0xffffu;
-      }
-      const Pool& pool = p.pools[source >> 28];
-      const int64_t page = entry & kPageMask;
-      const uint8_t* k = pool.k + page * pool.k_page + seg.k_head * pool.k_head;
-      const uint8_t* v = pool.v + page * pool.v_page + seg.v_head * pool.v_head;
-      const bool k_rows = !Packed || is_rows(pool.k_format), v_rows = !Packed || is_rows(pool.v_format);
-      const int at = !Sparse ? token : gather ? position : position + sub * 16;
-      const int in_page = at - page_of(at) * static_cast<int>(p.page_size), first_in_page = in_page - lane % 16;
-      const PoolLayout& arrays = p.layout.pools[source >> 28];
-      uint8_t *const k_to = to + kHeader<Sparse>, *const v_to = to + arrays.v_offset;
-      const int n = arrays.tokens;
-      if constexpr (Sparse) {
-        const int last = __shfl_sync(kWholeWarp, at, 15);
-        if (lane == 0) {
-          const bool all = !gather || taken == 0xffffu;
-          *reinterpret_cast<int4*>(to) = make_int4(first, source >> 28, all ? at : 0,
-                                                   !all     ? INT32_MAX
-                                                   : gather ? last + 1
-                                                            : at + n);
-        }
-        if (gather && lane < 16) reinterpret_cast<int*>(to + kPositions)[lane] = exists ? at : -1;
-      } else {
-        if (lane == 0) *reinterpret_cast<int2*>(to) = make_int2(first, source >> 28);
-      }
-      if (k_rows)
-        copy_rows<D>(k_to, exists ? k + in_page * pool.k_token : nullptr);
-      else if (gather)
-        copy_tokens(k_to, to + kScaleWords, k, pool.k + (source & kPageMask) * pool.k_page + seg.k_head * pool.k_head,
-                    arrays.k, in_page, exists);
-      else
-        copy_arrays(k_to, k, arrays.k, first_in_page, n);
-      if (v_rows) {
-        if (v_to != k_to) copy_rows<T::kDv>(v_to, exists ? v + in_page * pool.v_token : nullptr);
-      } else if (gather) {
-        copy_tokens(v_to, to + kScaleWords + 16 * 4, v, nullptr, arrays.v, in_page, exists);
-      } else {
-        copy_arrays(v_to, v, arrays.v, first_in_page, n);
-      }
-      if (gather)
-        sub |= taken;
-      else
-        sub += n / 16;
-      if (gather ? left == taken : sub * 16 >= p.layout.unit || first + n >= len) {
-        sub = 0;
-        unit += p.layout.warps;
-        entry = next_entry;
-        position = next_position;
-        find_unit(unit + p.layout.warps, next_entry, next_position);
-      }
-      ++issued;
-    } else if (Shared && lane == 0) {
-      *reinterpret_cast<int2*>(to) = make_int2(0, -1);
-    }
-    ptx::cp_async_commit();
-  }
-
-  __device__ void wait_oldest() const {
-    if (p.layout.stages == 2)
-      ptx::cp_async_wait<0>();
-    else if (p.layout.stages == 3)
-      ptx::cp_async_wait<1>();
-    else
-      ptx::cp_async_wait<2>();
-  }
-
-  // Numbers of tokens that nobody sees may be anything; as scales and zero points of V they become 0, which whoever
-  // loaded them does before others come.
-  __device__ void clear_unseen(uint8_t* stage) const {
-    const int2 header = *reinterpret_cast<const int2*>(stage);
-    if (Shared && header.y < 0) return;
-    const int count = p.layout.pools[header.y].tokens, position = header.x;
-    const bool gap = position < seg.span.first_token && position + count > seg.span.sink;
-    const Format format = p.pools[header.y].v_format;
-    if (is_rows(format) || (!gap && position + count <= len)) return;
-    __syncwarp();  // everybody's copies have landed
-    const int bits = code_bits(format), of_token = format == Format::kivi2 ? D / 32 : T::kGroups;
-    uint16_t* numbers = reinterpret_cast<uint16_t*>(stage + p.layout.pools[header.y].v_offset + count * (D * bits / 8));
-    for (int i = lane; i < count * of_token; i += 32)
-      if (!visible(position + i / of_token)) {
-        numbers[i] = 0;
-        if (format == Format::kivi2) numbers[i + count * of_token] = 0;
-      }
+    values(pool.v_format, layout.codes[1], t);
   }
 
   // ---- scores
@@ -506,7 +207,7 @@ struct Warp {
           const int in_stage = 16 * i + token_of(g) + j / 2 * 8, place = t.place + in_stage;
           const int token = !Sparse ? place : p.layout.gather ? t.positions[in_stage] : t.position + in_stage;
           const int of_queries = token - row.before;
-          bool seen = place < len && (of_queries < 0 || (row.bits >> of_queries & 1));
+          bool seen = place < seg.span.end && (of_queries < 0 || (row.bits >> of_queries & 1));
           if (Sparse) seen &= token >= 0;
           int distance = row.position - token;
           if (p.tree_mask && seen && of_queries >= 0)
@@ -529,14 +230,13 @@ struct Warp {
       ptx::mma_m16n8k16_f16(d, a, b, d);
   }
 
-  __device__ void scores(Format format, const Tokens& t, float (&top)[NT][2]) {
-    const bool rotated = Packed && !is_rows(format) && format != Format::kivi2;
+  __device__ void scores(Format format, const Codes& codes, const Tokens& t, float (&top)[NT][2]) {
     float add[NT][2];
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        add[nt][i] = rotated ? rows[8 * nt + 2 * c + i].q_mu : 0.0f;
+        add[nt][i] = Packed && codes.parts > 0 ? rows[8 * nt + 2 * c + i].q_mu : 0.0f;
         top[nt][i] = kLowest;
       }
     if (format == Format::bf16) {
@@ -544,16 +244,20 @@ struct Warp {
     } else if (!Packed || format == Format::f16) {
       row_scores<false>(t, add, top);
     } else if constexpr (Packed) {
-      if (format == Format::u2)
-        code_scores<2>(t, add, top);
-      else if (format == Format::u4)
-        code_scores<4>(t, add, top);
-      else if (format == Format::u3)
-        code_scores<3>(t, add, top);
-      else if (format == Format::u8)
-        code_scores<8>(t, add, top);
-      else
+      if (format == Format::kivi2)
         kivi2_scores(t, add, top);
+      else if (codes.parts == 2)
+        halves_scores(codes, t, add, top);
+      else if (codes.bits[0] == 2)
+        code_scores<2>(codes, t, add, top);
+      else if (codes.bits[0] == 1)
+        code_scores<1>(codes, t, add, top);
+      else if (codes.bits[0] == 4)
+        code_scores<4>(codes, t, add, top);
+      else if (codes.bits[0] == 3)
+        code_scores<3>(codes, t, add, top);
+      else
+        code_scores<8>(codes, t, add, top);
     }
     if (p.softcap > 0.0f || p.alibi_slopes || t.edge) finish_scores(t, top);
   }
@@ -602,11 +306,12 @@ struct Warp {
     keep_scores(0, x, add, top);
   }
 
-  // 64 channels, four steps: operands of this lane's two tokens as unpack() leaves them.
+  // 64 channels, four steps, or fewer: operands of this lane's two tokens as unpack() leaves them.
+  template <int Steps = 4>
   __device__ void channel_scores(Queries kind, int first_step, const uint32_t (&a)[8], const uint32_t (&b)[8],
                                  float (&x)[NT][4]) const {
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
+    for (int s = 0; s < Steps; ++s) {
       const uint32_t k[4] = {a[2 * s], b[2 * s], a[2 * s + 1], b[2 * s + 1]};
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
@@ -619,11 +324,13 @@ struct Warp {
 
   // Lane c reads the c-th quarter of each scale group's channels, of tokens g and g + 8.
   template <int B>
-  __device__ void code_scores(const Tokens& t, const float (&add)[NT][2], float (&top)[NT][2]) const {
+  __device__ void code_scores(const Codes& codes, const Tokens& t, const float (&add)[NT][2],
+                              float (&top)[NT][2]) const {
     constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
-    constexpr int bytes = T::kGroup / 4 * bits / 8, words = bytes / 4, high_bytes = T::kGroup / 32;
+    constexpr int bytes = T::kGroup / 4 * bits / 8, words = bytes < 4 ? 1 : bytes / 4, high_bytes = T::kGroup / 32;
     const uint8_t* high = t.k + t.count * token_bytes;
     const uint8_t* scales = high + (B == 3 ? t.count * (D / 8) : 0);
+    const Constants constants(bias, codes.trits);
 #pragma unroll 1
     for (int i = t.begin; i < t.end; ++i) {
       const int a = 16 * i + token_of(g), b = a + 8;
@@ -642,13 +349,11 @@ struct Warp {
 #pragma unroll
         for (int n = 0; n < T::kGroup / 64; ++n) {
           uint32_t xa[8], xb[8];
-          unpack<B>(pair_channels<B>(wa, ha[0], n), bias, xa);
-          unpack<B>(pair_channels<B>(wb, hb[0], n), bias, xb);
+          unpack<B>(pair_channels<B>(wa, ha[0], n), constants, xa);
+          unpack<B>(pair_channels<B>(wb, hb[0], n), constants, xb);
           const int first_step = group * (T::kGroup / 16) + 4 * n;
           channel_scores(kQueriesRotated, first_step, xa, xb, part);
-          if constexpr (T::kTwoTerms)
-            if (p.layout.queries[kQueriesRotatedRest] >= 0)
-              channel_scores(kQueriesRotatedRest, first_step, xa, xb, part);
+          if (p.layout.queries[kQueriesRotatedRest] >= 0) channel_scores(kQueriesRotatedRest, first_step, xa, xb, part);
         }
         const float s[2] = {half_at(scales, a * T::kGroups + group), half_at(scales, b * T::kGroups + group)};
 #pragma unroll
@@ -657,6 +362,71 @@ struct Warp {
           for (int j = 0; j < 4; ++j) x[nt][j] += part[nt][j] * s[j / 2];
       }
       keep_scores(i, x, add, top);
+    }
+  }
+
+  // Keys of two parts, each with bits of its own and one scale per token. The number of bits is looked at for every 64
+  // channels: a loop for each pair of formats would take longer to compile than all others.
+  __device__ void halves_scores(const Codes& codes, const Tokens& t, const float (&add)[NT][2],
+                                float (&top)[NT][2]) const {
+    static_assert(T::kHalf <= kScaleGroup);
+    constexpr int channels = T::kHalf < 64 ? T::kHalf : 64;
+    const Constants constants(bias);
+#pragma unroll 1
+    for (int i = t.begin; i < t.end; ++i) {
+      const int a = 16 * i + token_of(g), b = a + 8;
+      float x[NT][4] = {};
+      const uint8_t* side = t.k;
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        const int bits = codes.bits[part];
+        const uint8_t* scales = side + t.count * (T::kHalf * bits / 8);
+        float sum[NT][4] = {};
+#pragma unroll 1
+        for (int n = 0; n < T::kHalf / channels; ++n) {
+          uint32_t xa[8], xb[8];
+          const int at = c * (T::kHalf / 4) + 16 * n;  // of this lane's channels
+          if (bits == 1)
+            half_codes<1>(side, t.count, a, at, constants, xa, xb);
+          else if (bits == 2)
+            half_codes<2>(side, t.count, a, at, constants, xa, xb);
+          else if (bits == 3)
+            half_codes<3>(side, t.count, a, at, constants, xa, xb);
+          else
+            half_codes<4>(side, t.count, a, at, constants, xa, xb);
+          const int first_step = part * (T::kHalf / 16) + 4 * n;
+          channel_scores<channels / 16>(kQueriesHalves, first_step, xa, xb, sum);
+          if (p.layout.queries[kQueriesHalvesRest] >= 0)
+            channel_scores<channels / 16>(kQueriesHalvesRest, first_step, xa, xb, sum);
+        }
+        const float s[2] = {half_at(scales, a), half_at(scales, b)};
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[nt][j] += sum[nt][j] * s[j / 2];
+        side = scales + t.count * 2;
+      }
+      keep_scores(i, x, add, top);
+    }
+  }
+
+  // Of one part: a lane's channels, from number `at` on, of tokens a and a + 8.
+  template <int B>
+  __device__ void half_codes(const uint8_t* side, int count, int a, int at, const Constants& constants,
+                             uint32_t (&xa)[8], uint32_t (&xb)[8]) const {
+    constexpr int low_bits = B == 3 ? 2 : B, row = T::kHalf * low_bits / 8, high_row = T::kHalf / 8;
+    constexpr int mine = T::kHalf < 64 ? 8 : 16, bytes = mine * low_bits / 8, words = bytes < 4 ? 1 : bytes / 4;
+    const uint8_t *low = side + a * row + at * low_bits / 8, *high = side + count * row + a * high_row + at / 8;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      uint32_t w[words], h[1] = {};
+      load_words<bytes>(low + j * 8 * row, w);
+      if constexpr (B == 3) load_words<mine / 8>(high + j * 8 * high_row, h);
+      uint32_t (&x)[8] = j == 0 ? xa : xb;
+      if constexpr (mine == 8)
+        unpack<B>(pair_few_channels<B>(w[0], h[0]), constants, x);
+      else
+        unpack<B>(pair_channels<B>(w, h[0], 0), constants, x);
     }
   }
 
@@ -680,8 +450,8 @@ struct Warp {
           uint32_t scale[8], zero[8], xa[8], xb[8];
           load_words<32>(affine, scale);
           load_words<32>(affine + D * 2, zero);
-          unpack<2, true>(pair_channels<2>(wa, 0, n), bias, xa);
-          unpack<2, true>(pair_channels<2>(wb, 0, n), bias, xb);
+          unpack<2, true>(pair_channels<2>(wa, 0, n), Constants(bias), xa);
+          unpack<2, true>(pair_channels<2>(wb, 0, n), Constants(bias), xb);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             const uint32_t both = j % 2 == 0 ? 0x5410 : 0x7632;  // channels j and j + 8
@@ -753,7 +523,7 @@ struct Warp {
 
   // ---- sums over V
 
-  __device__ void values(Format format, const Tokens& t) {
+  __device__ void values(Format format, const Codes& codes, const Tokens& t) {
     const int to = is_rows(format) ? kRowBasis : format == Format::kivi2 ? kPlainBasis : kRotatedBasis;
     if (Packed && basis != to && basis != kNoBasis) flush();
     basis = to;
@@ -763,15 +533,17 @@ struct Warp {
       row_values<false>(t);
     } else if constexpr (Packed) {
       if (format == Format::kivi2) return kivi2_values(t);
-      raise_factor(t, format);
-      if (format == Format::u2)
-        code_values<2>(t);
-      else if (format == Format::u4)
-        code_values<4>(t);
-      else if (format == Format::u3)
-        code_values<3>(t);
+      raise_factor(t, codes.bits[0]);
+      if (codes.bits[0] == 2)
+        code_values<2>(codes, t);
+      else if (codes.bits[0] == 1)
+        code_values<1>(codes, t);
+      else if (codes.bits[0] == 4)
+        code_values<4>(codes, t);
+      else if (codes.bits[0] == 3)
+        code_values<3>(codes, t);
       else
-        code_values<8>(t);
+        code_values<8>(codes, t);
     }
   }
 
@@ -824,8 +596,7 @@ struct Warp {
 
   // fp16 holds weight * scale * v_factor: that keeps the largest scale so far between 2^14 and 2^15, so that nothing
   // overflows and what is down to 2^-28 of it keeps all its bits.
-  __device__ void raise_factor(const Tokens& t, Format format) {
-    const int bits = code_bits(format);
+  __device__ void raise_factor(const Tokens& t, int bits) {
     const uint8_t* scales = t.v + t.count * (D * bits / 8);
     float top = 0.0f;
 #pragma unroll 1
@@ -847,11 +618,12 @@ struct Warp {
 
   // Lane g reads the g-th eighth of each scale group's channels, of its four tokens.
   template <int B>
-  __device__ void code_values(const Tokens& t) {
+  __device__ void code_values(const Codes& codes, const Tokens& t) {
     constexpr int bits = B == 3 ? 2 : B, token_bytes = D * bits / 8;
     constexpr int bytes = T::kGroup / 8 * bits / 8, words = bytes < 4 ? 1 : bytes / 4, high_bytes = T::kGroup / 64;
     const uint8_t* high = t.v + t.count * token_bytes;
     const uint8_t* scales = high + (B == 3 ? t.count * (D / 8) : 0);
+    const Constants constants(bias, codes.trits);
 #pragma unroll 1
     for (int i = t.begin; i < t.end; ++i) {
       float weight[NT][4];
@@ -887,8 +659,8 @@ struct Warp {
 #pragma unroll
         for (int n = 0; n < T::kGroup / 64; ++n) {
           uint32_t lo[8], hi[8];
-          unpack<B>(pair_tokens<B>(x[0], h[0][0], x[1], h[1][0], n), bias, lo);
-          unpack<B>(pair_tokens<B>(x[2], h[2][0], x[3], h[3][0], n), bias, hi);
+          unpack<B>(pair_tokens<B>(x[0], h[0][0], x[1], h[1][0], n), constants, lo);
+          unpack<B>(pair_tokens<B>(x[2], h[2][0], x[3], h[3][0], n), constants, hi);
           channel_values(group * (T::kGroup / 16) + 4 * n, lo, hi, b);
         }
       }
@@ -926,7 +698,7 @@ struct Warp {
           uint32_t v[2][8];
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            unpack<2, true>(pair_tokens<2>(x[2 * h], 0, x[2 * h + 1], 0, n), bias, v[h]);
+            unpack<2, true>(pair_tokens<2>(x[2 * h], 0, x[2 * h + 1], 0, n), Constants(bias), v[h]);
             const uint32_t zero = fma2(z[2 * h] | z[2 * h + 1] << 16, kQuarters, 0u);
 #pragma unroll
             for (int j = 0; j < 8; ++j) v[h][j] = fma2(v[h][j], s[2 * h] | s[2 * h + 1] << 16, zero);
@@ -1003,105 +775,5 @@ struct Warp {
     sums_used = true;
   }
 };
-
-// q of the segment's rows into B operands of every kind that the pools need, and what the rows have of their own.
-template <int D, int NT, bool Packed, bool Shared>
-__device__ __forceinline__ void make_queries(const Params& p, const Segment& seg, uint8_t* smem, Row* rows) {
-  using T = Tile<D, NT>;
-  const int lane = threadIdx.x % T::kRowLanes, group = group_heads(p, seg.group);
-  const float unit = p.softcap > 0.0f ? 1.0f : kLog2e;
-  const int block_rows = Shared && seg.own_rows ? p.layout.block_rows : T::kRows;
-  for (int r = threadIdx.x / T::kRowLanes; r < block_rows; r += blockDim.x / T::kRowLanes) {
-    const bool valid = r < seg.rows;
-    const int row = valid ? seg.first_row + r : 0, t = row / group % static_cast<int>(p.Tq);
-    const int b = sequence_at(p, seg.node.first + row / (group * static_cast<int>(p.Tq)));
-    const int head = head_at(p, seg.group, row % group);
-    float x[T::kOctets][8] = {}, rotated[8], q_mu = 0.0f, top = 0.0f;
-#pragma unroll
-    for (int o = 0; o < T::kOctets; ++o) {
-      const int channel = (lane + o * T::kRowLanes) * kPerLane;
-      if (valid && channel < D) {
-        const int64_t at = b * p.q_batch + t * p.q_token + head * p.q_head + channel;
-        load8(p.dtype, static_cast<const uint16_t*>(p.q) + at, p.layout.q_vector, x[o]);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) top = fmaxf(top, fabsf(x[o][i]));
-    }
-    const bool rotate = Packed && p.layout.queries[kQueriesRotated] >= 0;
-    if (rotate) {
-      const int64_t at = int64_t(seg.k_head) * D + lane * kPerLane;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (p.transform.centre) q_mu += x[0][i] * p.transform.centre[at + i];
-        rotated[i] = p.transform.balance ? x[0][i] / p.transform.balance[at + i] : x[0][i];
-      }
-      hadamard(rotated, D);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        rotated[i] *= fwht_scale(D);
-        top = fmaxf(top, fabsf(rotated[i]));
-      }
-      q_mu = fold_lanes(q_mu, T::kRowLanes, [](float a, float b) { return a + b; });
-    }
-    top = fold_lanes(top, T::kRowLanes, [](float a, float b) { return fmaxf(a, b); });
-    // The largest becomes 2^7 ... 2^8: far from fp16's end, and what is down to 2^-21 of it keeps all its bits.
-    const int exponent = max(static_cast<int>(float_bits(top) >> 23) - 127, -100);
-    const float up = bits_float(static_cast<uint32_t>(127 + 7 - exponent) << 23);
-    const float down = bits_float(static_cast<uint32_t>(127 - 7 + exponent) << 23);
-    // word of (step, register b0 or b1, lane 4 g + c) with g = r % 8
-    const auto word = [&](Queries kind, int step, int reg, int c) {
-      return reinterpret_cast<uint32_t*>(smem + p.layout.queries[kind]) +
-             (((r / 8 * T::kStepPairs + step / 2) * 32 + r % 8 * 4 + c) * 4 + step % 2 * 2 + reg);
-    };
-#pragma unroll
-    for (int o = 0; o < T::kOctets; ++o) {
-      const int octet = lane + o * T::kRowLanes;
-      if (octet >= 4 * T::kStepPairs) continue;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[o][i] *= up;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if (p.layout.queries[kQueriesF16] >= 0)
-          *word(kQueriesF16, octet / 2, octet % 2, c) = pack_f16(x[o][2 * c], x[o][2 * c + 1]);
-        if (p.layout.queries[kQueriesBf16] >= 0)
-          *word(kQueriesBf16, octet / 2, octet % 2, c) = pack_bf16(x[o][2 * c], x[o][2 * c + 1]);
-      }
-      if constexpr (Packed) {
-        // group of channels, quarter c of it, 16 channels n of that, channels 0-7 or 8-15
-        constexpr int octets = T::kGroup / 8;
-        const int group = octet / octets, in_group = octet % octets, c = in_group / (octets / 4);
-        const int n = in_group % (octets / 4) / 2, high = octet % 2;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int step = group * (T::kGroup / 16) + 4 * n + i / 2;
-          if (rotate) {
-            const float y = rotated[i] * up;
-            reinterpret_cast<__half*>(word(kQueriesRotated, step, i % 2, c))[high] = __float2half_rn(y);
-            if constexpr (T::kTwoTerms)
-              if (p.layout.queries[kQueriesRotatedRest] >= 0)
-                reinterpret_cast<__half*>(word(kQueriesRotatedRest, step, i % 2, c))[high] =
-                    __float2half_rn(y - __half2float(__float2half_rn(y)));
-          }
-          if (p.layout.queries[kQueriesPlain] >= 0)
-            reinterpret_cast<__half*>(word(kQueriesPlain, step, i % 2, c))[high] = __float2half_rn(x[o][i]);
-        }
-      }
-    }
-    if (lane == 0) {
-      const int64_t len = p.plan.nodes ? p.seq_lens[b] : seg.node.end;
-      Row own;
-      own.q_scale = p.scale * unit * down;
-      own.q_mu = q_mu * p.scale * unit;
-      own.slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride + head] * kLog2e : 0.0f;
-      own.before = static_cast<int>(len - p.Tq);
-      own.bits = p.tree_mask ? static_cast<uint32_t>(p.tree_mask[b * p.tree_stride + t]) : (2u << t) - 1u;
-      own.position = own.before + depth(own.bits);
-      own.b = b;
-      own.t = static_cast<int16_t>(t);
-      own.head = static_cast<int16_t>(head);
-      rows[r] = own;
-    }
-  }
-}
 
 }  // namespace kk::cuda

@@ -8,6 +8,7 @@
 // of channels in the low halves, eight of another in the high ones.
 //   keys    the runs are channels 0-7 and 8-15 of one token (q's channels lie in the same order)
 //   values  the runs are the same eight channels of two tokens
+// Codes of one bit are signs: 0.5 with the bit's complement on top.
 #pragma once
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
@@ -49,9 +50,10 @@ __device__ __forceinline__ uint32_t shift_left(uint32_t x, int n) { return n >= 
 template <int B>
 struct Pair {
   static constexpr int words = B <= 3 ? 1 : B / 2;
-  uint32_t
-      low[words];  // u2, u3: eight 2-bit codes per half; u4: four codes per half and word; u8: bytes a0 b0 a1 b1, ...
-  uint32_t high;   // u3: bits 0-7 of each half are the codes' third bits; what stands above them does not matter
+  // b1, u2, u3: eight codes per half (b1: in bits 0-7; what stands above them does not matter), of u3 two bits each; u4:
+  // four codes per half and word; u8: bytes a0 b0 a1 b1, ...
+  uint32_t low[words];
+  uint32_t high;  // u3: bits 0-7 of each half are the codes' third bits; what stands above them does not matter
 };
 
 // Bytes a0 a1 a2 a3 and b0 b1 b2 b3 -> [a0 a1 | b0 b1] and [a2 a3 | b2 b3] (u8: a0 b0 a1 b1 and a2 b2 a3 b3).
@@ -73,7 +75,9 @@ __device__ __forceinline__ void pair_words(const uint32_t* a, const uint32_t* b,
 template <int B>
 __device__ __forceinline__ Pair<B> pair_channels(const uint32_t* w, uint32_t high, int n) {
   Pair<B> out{};
-  if constexpr (B <= 3) {
+  if constexpr (B == 1) {
+    out.low[0] = __byte_perm(w[0], w[0], n == 0 ? 0x1100 : 0x3322);
+  } else if constexpr (B <= 3) {
     out.low[0] = w[n];
     if constexpr (B == 3) out.high = __byte_perm(high, high, n == 0 ? 0x1100 : 0x3322);
   } else {
@@ -82,12 +86,25 @@ __device__ __forceinline__ Pair<B> pair_channels(const uint32_t* w, uint32_t hig
   return out;
 }
 
+// Channels 0-3 and 4-7 of one token instead of 0-7 and 8-15: unpack() makes four operands of them, and four that mean
+// nothing.
+template <int B>
+__device__ __forceinline__ Pair<B> pair_few_channels(uint32_t w, uint32_t high) {
+  static_assert(B <= 4);
+  Pair<B> out{};
+  out.low[0] = B == 1 ? w | w << 12 : B == 4 ? w : w | w << 8;
+  out.high = high | high << 12;
+  return out;
+}
+
 // Channels 8 n ... 8 n + 7 of tokens a and b.
 template <int B>
 __device__ __forceinline__ Pair<B> pair_tokens(const uint32_t* a, uint32_t a_high, const uint32_t* b, uint32_t b_high,
                                                int n) {
   Pair<B> out{};
-  if constexpr (B <= 3) {
+  if constexpr (B == 1) {
+    out.low[0] = __byte_perm(a[0], b[0], n == 0 ? 0x5410 : 0x5511);
+  } else if constexpr (B <= 3) {
     out.low[0] = __byte_perm(a[0], b[0], n == 0 ? 0x5410 : 0x7632);
     if constexpr (B == 3) out.high = __byte_perm(a_high, b_high, n == 0 ? 0x4400 : 0x5511);
   } else {
@@ -101,10 +118,27 @@ __device__ __forceinline__ Pair<B> pair_tokens(const uint32_t* a, uint32_t a_hig
 // third of all that unpacks 2-bit codes.
 constexpr uint32_t kBias = twice(0x6400);
 
-// out[i] = code - offset of the two runs' channel i; `Quarter`: code / 4 instead (kivi2). `bias` is kBias.
+// fp16 (-(1024 2^-p + offset)), twice.
+KK_HD constexpr uint32_t minus_offset(int p, uint32_t twice_offset) {
+  return twice(0x8000u | (25u - p) << 10 | twice_offset << p >> 1);
+}
+
+struct Constants {
+  uint32_t bias;             // kBias
+  uint32_t minus_offset[4];  // of codes of 2 bits at p = 2, 4, 6, 8: there are two kinds of them, u2's and trits
+  __device__ explicit Constants(uint32_t fp16_bias, bool trits = false) : bias(fp16_bias) {
+    for (int i = 0; i < 4; ++i) minus_offset[i] = cuda::minus_offset(2 * i + 2, trits ? 2 : 3);
+  }
+};
+
+// out[i] = code - offset of the two runs' channel i; `Quarter`: code / 4 instead (kivi2).
 template <int B, bool Quarter = false>
-__device__ __forceinline__ void unpack(const Pair<B>& x, uint32_t bias, uint32_t (&out)[8]) {
-  if constexpr (B == 8) {
+__device__ __forceinline__ void unpack(const Pair<B>& x, const Constants& k, uint32_t (&out)[8]) {
+  if constexpr (B == 1) {
+    const uint32_t minus_half = k.bias ^ twice(0x6400 ^ 0xb800);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = (x.low[0] << (15 - i) & twice(0x8000)) ^ minus_half;
+  } else if constexpr (B == 8) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       // 1024 + code; 127.5 more would not be an fp16 number, so it takes two steps
@@ -114,16 +148,15 @@ __device__ __forceinline__ void unpack(const Pair<B>& x, uint32_t bias, uint32_t
     }
   } else {
     constexpr int plane = B == 3 ? 2 : B, per_word = 8 / Pair<B>::words;
-    constexpr uint32_t twice_offset = (1u << B) - 1u;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int at = i % per_word, p = code_place(B, at);
-      uint32_t m = (shift_left(x.low[i / per_word], code_shift(B, at)) & twice(((1u << plane) - 1u) << p)) | bias;
+      uint32_t m = (shift_left(x.low[i / per_word], code_shift(B, at)) & twice(((1u << plane) - 1u) << p)) | k.bias;
       if constexpr (B == 3) m |= shift_left(x.high, p + 2 - i) & twice(4u << p);
       if constexpr (Quarter)
         out[i] = fma2(m, twice((13u - p) << 10), twice(0x8000u | (23u - p) << 10));
       else
-        out[i] = fma2(m, twice((15u - p) << 10), twice(0x8000u | (25u - p) << 10 | twice_offset << p >> 1));
+        out[i] = fma2(m, twice((15u - p) << 10), B == 2 ? k.minus_offset[p / 2 - 1] : minus_offset(p, (1u << B) - 1u));
     }
   }
 }

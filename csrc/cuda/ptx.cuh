@@ -99,5 +99,11 @@ __device__ __forceinline__ float ex2(float x) {
   return y;
 }
 
+// x, but nothing that is made of it is computed ahead of its time, to wait in a register.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace kk::ptx
 #endif

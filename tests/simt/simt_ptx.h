@@ -37,6 +37,7 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, SIMT_SITE) {
   simt::ldmatrix(r, 4, true, address, site);
 }
 inline uint32_t movmatrix_trans(uint32_t a, SIMT_SITE) { return simt::movmatrix(a, site); }
+inline int opaque(int x) { return x; }
 
 inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                              SIMT_SITE) {
