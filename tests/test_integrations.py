@@ -120,20 +120,22 @@ def test_models_of_16_bits(dtype: torch.dtype) -> None:
     assert error(logits.float(), truth) <= 2 * error(own.float(), truth)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("step", [1, 5, 30])
-def test_2_bits_are_as_the_decoded_pages(name: str, step: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "step", "format"),
+    [(name, step, "u2") for name in MODELS for step in (1, 5, 30)] + [("llama", 1, "m31/t1"), ("qwen3", 5, "kivi2")],
+)
+def test_few_bits_are_as_the_decoded_pages(name: str, step: int, format: str) -> None:
     """Steps of 1 and 5 tokens are read from the pages; 30 go through SDPA on what the cache held, decoded."""
     model, ids = make(name), text(2, 180)
     original = model.config._attn_implementation
     exact = forced(model, DynamicCache(config=model.config), ids, 120, step=step)
-    cache = KVCache("u2", **SMALL)
+    cache = KVCache(format, **SMALL)
     logits = forced(attach(model), cache, ids, 120, step=step)
     assert cache.bits_per_element < 10
     model.set_attn_implementation(original)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        decoded = forced(model, KVCache("u2", **SMALL, transforms=cache.transforms), ids, 120, step=step)
+        decoded = forced(model, KVCache(format, **SMALL, transforms=cache.transforms), ids, 120, step=step)
     # Only the newest keys and values are not rounded in `decoded`; later, pages are packed whose codes that changed.
     early = max(step, 5)
     assert error(logits[:, :early], decoded[:, :early]) < 0.02 * error(decoded[:, :early], exact[:, :early])

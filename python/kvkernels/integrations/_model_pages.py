@@ -167,7 +167,8 @@ class ModelPages:
     def _make_pages(self, layer: Layer, step: Step, k: Tensor, window: int | None) -> None:
         dtype = self.dtype or (k.dtype if k.dtype in FORMAT_OF_DTYPE else torch.bfloat16)
         if layer.transform is not None:
-            layer.transform = KVTransform(*(None if x is None else x.to(k.device) for x in layer.transform))
+            parts = layer.transform._asdict().items()
+            layer.transform = layer.transform._replace(**{n: x.to(k.device) for n, x in parts if x is not None})
         layer.pages = LayerPages(k.shape[1], k.shape[3], layer.format, self.page_size, dtype, k.device, layer.transform)
         key = (layer.pages.packs, window, k.device)
         if key not in self.groups:
@@ -226,8 +227,8 @@ class ModelPages:
         keys = keys[:: max(-(-len(keys) // MAX_CALIBRATION), 1)]
         if len(keys) >= MIN_CALIBRATION:
             with lasting():
-                queries = None if layer.square is None else layer.square.sqrt()[None]
-                layer.transform = calibrate_keys(keys, queries, skip=0)
+                typical = None if layer.square is None else layer.square.sqrt()[None]
+                layer.transform = calibrate_keys(keys, typical, skip=0)
             pages.kv = pages.kv._replace(transform=layer.transform)
 
     def fork(self, src: Sequence[int]) -> None:
