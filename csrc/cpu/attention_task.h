@@ -131,7 +131,7 @@ struct Task {
 #if defined(__AVX2__)
       for (int j = 0; j < st.k.parts; ++j) {
         const CodePart& part = st.k.part[j];
-        const int64_t n = max_rows * digits * part.groups();
+        const int64_t n = max_rows * digits * part.groups;
         st.queries[j] = {a.take<int32_t>(n * kQuads), a.take<float>(max_rows), a.take<float>(n)};
       }
 #endif
@@ -314,10 +314,9 @@ struct Task {
     for (int i = 0; i < c.pieces; ++i) {
       const Piece& pc = c.piece[i];
       uint8_t* side = const_cast<uint8_t*>(pc.side(which));
-      for (int j = 0; j < pc.n; ++j) {
-        const Row row{nullptr, side, pc.token + j, KeyTransform{}};
-        decode_stored(codec, &row, 1, decoded + (pc.col + j) * D);
-      }
+      Row row[kRowChunk];
+      for (int j = 0; j < pc.n; ++j) row[j] = {nullptr, side, pc.token + j, KeyTransform{}};
+      decode_stored(codec, row, pc.n, decoded + pc.col * D);
     }
   }
 #endif
@@ -352,9 +351,9 @@ struct Task {
     const float* base = add_back();
     const uint8_t* row[kRowChunk];
     row_pointers(c, Side::K, part.low.at, part.low.bytes, row);
-    for (int64_t g = 0; g < part.groups(); ++g) {
+    for (int64_t g = 0; g < part.groups; ++g) {
       row_scores(LoadU8{row}, part.group, c.n, x + g * part.group, D, rows, score, ahead,
-                 score_share / static_cast<int>(part.groups()));
+                 score_share / static_cast<int>(part.groups));
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < c.n; j += F::W) {
           float* o = s + r * kChunk + j;
@@ -500,14 +499,14 @@ struct Task {
     load_scales(part, Side::V, c, scale);
     const uint8_t* row[kRowChunk];
     row_pointers(c, Side::V, part.low.at, part.low.bytes, row);
-    for (int64_t g = 0; g < part.groups(); ++g) {
+    for (int64_t g = 0; g < part.groups; ++g) {
       for (int r = 0; r < rows; ++r)
         for (int j = 0; j < c.n; j += F::W) {
           const F x = F::load(s + r * kChunk + j);
           where_positive(x, x * F::load(scale + g * kChunk + j)).store(w + r * kChunk + j);
         }
       row_accumulate(LoadU8{row}, part.group, c.n, w, rows, st.acc + g * part.group, st.lanes, ahead,
-                     kAheadSums / static_cast<int>(part.groups()));
+                     kAheadSums / static_cast<int>(part.groups));
       for (int j = 0; j < kRowChunk; ++j) row[j] += part.group;
     }
   }

@@ -10,7 +10,7 @@
 KK_BEGIN
 
 void load_scales(const CodePart& part, Side side, const Chunk& c, float* scale) {
-  const int64_t groups = part.groups();
+  const int64_t groups = part.groups;
   float pairs[kChunk * 2];
   for (int i = 0; i < c.pieces; ++i) {
     const Piece& pc = c.piece[i];
@@ -66,29 +66,36 @@ struct Digits {
   }
 };
 
-// f(plane, which) for the planes of a part; where there are two, 3.5 is 1.5 + 2.
+// f(planes...) of a part: one, or the low and the high one.
 template <typename Fn>
-void each_plane(const CodePart& part, Fn&& f) {
+void with_planes(const CodePart& part, Fn&& f) {
   switch (part.bits) {
     case 0:
-      return f(Trits{}, part.low);
+      return f(Trits{});
     case 1:
-      return f(Plane<1, 0>{}, part.low);
+      return f(Plane<1, 0>{});
     case 2:
-      return f(Plane<2, 0>{}, part.low);
+      return f(Plane<2, 0>{});
     case 3:
-      f(Plane<2, 0>{}, part.low);
-      return f(Plane<1, 2>{}, part.high);
+      return f(Plane<2, 0>{}, Plane<1, 2>{});
     case 4:
-      return f(Plane<4, 0>{}, part.low);
+      return f(Plane<4, 0>{});
   }
+}
+// f(plane, its rows) one by one.
+template <typename Fn>
+void each_plane(const CodePart& part, Fn&& f) {
+  with_planes(part, [&](auto plane, auto... high) {
+    f(plane, part.low);
+    (f(high, part.high), ...);
+  });
 }
 
 // ---- queries
 
 template <int DIGITS>
 void split_queries(const CodePart& part, const float* q, int64_t ldq, int rows, const CodeQueries& out) {
-  const int64_t groups = part.groups();
+  const int64_t groups = part.groups;
   float* offset = out.offset;
   for (int r = 0; r < rows; ++r) {
     const float* x = q + r * ldq;
@@ -127,12 +134,13 @@ void split_queries(const CodePart& part, const float* q, int64_t ldq, int rows, 
 
 // ---- scores
 
-// w[i] = word i of I::W rows, for `bytes` (4, 8 or more) of each; rows of less than 16 bytes stand close together.
-inline void load_words(const uint8_t* r, int64_t stride, int64_t bytes, I (&w)[4]) {
-  if (bytes <= 8) {
+// w[i] = word i of I::W rows, `stride` bytes apart; rows of fewer than 4 words stand close together, or begin with them.
+template <int W>
+[[gnu::always_inline]] inline void load_words(const uint8_t* r, int64_t stride, I (&w)[4]) {
+  if constexpr (W == 1) {
     w[0] = I::load(r);
-    w[1] = w[2] = w[3] = I::zero();
-    if (bytes == 4) return;
+  } else if constexpr (W == 2) {
+    w[0] = I::load(r);
     w[1] = I::load(r + I::W * 4);
     deinterleave(w[0], w[1]);
   } else {
@@ -151,71 +159,112 @@ inline void load_words(const uint8_t* r, int64_t stride, int64_t bytes, I (&w)[4
 template <typename P, int M, int T, int p = 0>
 [[gnu::always_inline]] inline void dot_fields(I (&w)[T], const int32_t* words, I (&acc)[M][T]) {
   I c[T];
+#pragma GCC unroll 2
   for (int t = 0; t < T; ++t) c[t] = P::template field<p>(w[t]);
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     const I q = I::fill(words[m * kQuads + p]);
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
 #if defined(__AVX512VNNI__)
-    for (int t = 0; t < T; ++t) acc[m][t] = I::dot(acc[m][t], c[t], q);
+      acc[m][t] = I::dot(acc[m][t], c[t], q);
 #else
-    for (int t = 0; t < T; ++t) acc[m][t] = I::dot16(acc[m][t], c[t], q);
+      acc[m][t] = I::dot16(acc[m][t], c[t], q);
 #endif
+    }
   }
   if constexpr (p + 1 < P::per_byte) dot_fields<P, M, T, p + 1>(w, words, acc);
 }
 
-// sums[m][t] (+)= codes of token t . words[m]  for T vectors of tokens: vector i holds the I::W tokens
-// from rows[i], `stride` bytes apart, of which `bytes` count. The codes go from memory to the dot product without being
-// stored: M * T sums and the words of 16 bytes a row stay in registers.
-template <typename P, int M, int T>
-[[gnu::noinline]] void dot_k(const uint8_t* const (&rows)[T], int64_t stride, int64_t bytes, const int32_t* words,
-                             int32_t (&sums)[M][T * I::W]) {
-  I acc[M][T];
-  for (int m = 0; m < M; ++m)
-    for (int t = 0; t < T; ++t) acc[m][t] = P::adds ? I::load(sums[m] + t * I::W) : I::zero();
-  for (int64_t b = 0; b < bytes; b += 16, words += 4 * P::per_byte) {
-    I w[T][4];
-    for (int t = 0; t < T; ++t) load_words(rows[t] + b, stride, bytes, w[t]);
-#if !defined(__AVX512VNNI__)
-    // Pairs of products are summed in 16 bits; 16 bytes of a row are 4 * per_byte quads of at most 2 * 127 * code each:
-    // 8128 (1 bit), 10160 (trits), 12192 (2 bits), 30480 (4 bits), 32512 (the 1-bit plane of 3 bits, whose code is 4).
-    I part[M][T];
-    for (int m = 0; m < M; ++m)
-      for (int t = 0; t < T; ++t) part[m][t] = I::zero();
+// acc[m][t] += W words of the tokens from rows[t] on . words[m].
+template <typename P, int W, int M, int T>
+[[gnu::always_inline]] inline void dot_words(const uint8_t* const (&rows)[T], int64_t stride, const int32_t* words,
+                                             I (&acc)[M][T]) {
+  I w[T][4];
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) load_words<W>(rows[t], stride, w[t]);
+#if defined(__AVX512VNNI__)
+  I(&part)[M][T] = acc;
 #else
-    I(&part)[M][T] = acc;
-#endif
-    const auto word = [&](int i) __attribute__((always_inline)) {
-      I x[T];
-      for (int t = 0; t < T; ++t) x[t] = w[t][i];
-      dot_fields<P, M, T>(x, words + i * P::per_byte, part);
-    };
-    const int count = bytes - b < 16 ? static_cast<int>(bytes - b + 3) / 4 : 4;
-    // a loop would put the words in memory
-    word(0);
-    if (count > 1) word(1);
-    if (count > 2) word(2);
-    if (count > 3) word(3);
-#if !defined(__AVX512VNNI__)
-    for (int m = 0; m < M; ++m)
-      for (int t = 0; t < T; ++t) acc[m][t] = I::widen(acc[m][t], part[m][t]);
-#endif
-  }
+  // Pairs of products are summed in 16 bits; 16 bytes of a row are 4 * per_byte quads of at most 2 * 127 * code each:
+  // 8128 (1 bit), 10160 (trits), 12192 (2 bits), 30480 (4 bits), 32512 (the 1-bit plane of 3 bits, whose code is 4).
+  I part[M][T];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+    for (I& x : part[m]) x = I::zero();
+#endif
+#pragma GCC unroll 1
+  for (int i = 0; i < W; ++i) {
+    I x[T];
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) x[t] = w[t][i];
+    dot_fields<P, M, T>(x, words + i * P::per_byte, part);
+  }
+#if !defined(__AVX512VNNI__)
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) acc[m][t] = I::widen(acc[m][t], part[m][t]);
+#endif
+}
+
+// The same for all words of a group in a plane, `bytes` of each row.
+template <typename P, int M, int T>
+[[gnu::always_inline]] inline void dot_plane(const uint8_t* (&rows)[T], int64_t stride, int64_t bytes,
+                                             const int32_t* words, I (&acc)[M][T]) {
+  if constexpr (P::shortest < 8)
+    if (bytes == 4) return dot_words<P, 1>(rows, stride, words, acc);
+  if constexpr (P::shortest < 16)
+    if (bytes == 8) return dot_words<P, 2>(rows, stride, words, acc);
+  for (; bytes > 12; bytes -= 16, words += 4 * P::per_byte) {
+    dot_words<P, 4>(rows, stride, words, acc);
+    for (const uint8_t*& r : rows) r += 16;
+  }
+  if constexpr (P::has_rest)
+    if (bytes > 0) dot_words<P, 3>(rows, stride, words, acc);
+}
+
+struct Tile {  // of tokens, I::W of them
+  const uint8_t* side;
+  int64_t token;
+};
+
+// sums[m][t] = codes of the tokens of tile t . words[m], in one group. The codes go from memory to the dot product without
+// being stored: M * T sums and the words of 16 bytes a row stay in registers.
+template <int M, int T, typename... Planes>
+[[gnu::noinline]] void dot_codes(const CodePart& part, int64_t g, const Tile* tile, const int32_t* words,
+                                 int32_t (&sums)[M][T * I::W]) {
+  I acc[M][T];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) acc[m][t] = I::zero();
+  const CodeRows* codes = &part.low;
+  const auto add = [&](auto plane) __attribute__((always_inline)) {
+    const int64_t bytes = decltype(plane)::bytes(part.group);
+    const uint8_t* rows[T];
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) rows[t] = tile[t].side + codes->at + tile[t].token * codes->bytes + g * bytes;
+    dot_plane<decltype(plane)>(rows, codes->bytes, bytes, words, acc);
+    words += part.group / 4;
+    codes = &part.high;
+  };
+  (add(Planes{}), ...);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
     for (int t = 0; t < T; ++t) acc[m][t].store(sums[m] + t * I::W);
 }
 
 template <int DIGITS>
 void scores_of(const CodePart& part, const CodeQueries& q, const Chunk& c, int rows, const float* base, float* s,
                Ahead& ahead, int sixteenths) {
-  const int64_t groups = part.groups();
+  const int64_t groups = part.groups;
   alignas(64) float scale[2 * kChunk];
   load_scales(part, Side::K, c, scale);
   // I::W tokens at a time
   constexpr int T = I::W == 16 ? 2 : 1;
-  struct Tile {
-    const uint8_t* side;
-    int64_t token;
-  } tile[kChunk / I::W + 1];
+  Tile tile[kChunk / I::W + 1];
   int tiles = 0;
   for (int i = 0; i < c.pieces; ++i)
     for (int64_t t = c.piece[i].token; t < c.piece[i].token + c.piece[i].n; t += I::W)
@@ -231,14 +280,8 @@ void scores_of(const CodePart& part, const CodeQueries& q, const Chunk& c, int r
         alignas(64) int32_t sums[M][T * I::W];
         ahead.take(lines);
         const int32_t* words = q.words + (g * rows + r) * DIGITS * kQuads;
-        each_plane(part, [&](auto plane, const CodeRows& codes) {
-          const int64_t bytes = codes.bytes / groups;
-          const uint8_t* row[T];
-          for (int t = 0; t < T; ++t)
-            row[t] = tile[v + t].side + codes.at + tile[v + t].token * codes.bytes + g * bytes;
-          dot_k<decltype(plane), M, T>(row, codes.bytes, bytes, words, sums);
-          words += part.group / 4;
-        });
+        with_planes(part,
+                    [&](auto... planes) { dot_codes<M, T, decltype(planes)...>(part, g, tile + v, words, sums); });
         for (int i = 0; i < R; ++i) {
           const F step = F::fill(q.step[r + i]);
           for (int t = 0; t < T && v + t < tiles; ++t) {
@@ -343,14 +386,14 @@ float weigh(const float* prob, const float* scale, int64_t cols, uint8_t* words,
 template <typename P, int64_t n>
 void unpack_rows(const CodePart& part, const CodeRows& codes, const Chunk& c, int64_t ld, uint8_t* out, Ahead& ahead,
                  int lines) {
+  const int64_t groups = part.groups, stride = codes.bytes;  // bytes written below might be anybody's
   for (int i = 0; i < c.pieces; ++i) {
     const Piece& pc = c.piece[i];
-    const uint8_t* row = pc.v + codes.at + pc.token * codes.bytes;
-    for (int64_t t = 0; t < round_up(pc.n, kTile); t += 4) {
+    const uint8_t* row = pc.v + codes.at + pc.token * stride;
+    uint8_t* to = out + pc.col * ld;
+    for (int64_t t = round_up(pc.n, kTile); t > 0; t -= 4, row += 4 * stride, to += 4 * ld) {
       ahead.take(lines);
-      for (int64_t g = 0; g < part.groups(); ++g)
-        P::template unpack_v<n>(row + t * codes.bytes + g * P::bytes(n), codes.bytes,
-                                out + ((pc.col + t) / 4 * ld + g * n) * 4);
+      for (int64_t g = 0; g < groups; ++g) P::template unpack_v<n>(row + g * P::bytes(n), stride, to + g * n * 4);
     }
   }
 }
@@ -358,7 +401,7 @@ void unpack_rows(const CodePart& part, const CodeRows& codes, const Chunk& c, in
 template <int DIGITS>
 void sums_of(const CodePart& part, const Chunk& c, const float* p, const bool* light, int rows, uint8_t* codes,
              float* acc, int64_t lda, Ahead& ahead, int sixteenths) {
-  const int64_t groups = part.groups(), lanes = part.planes() * part.channels, quads = kChunk / 4;
+  const int64_t groups = part.groups, lanes = part.planes() * part.channels, quads = kChunk / 4;
   alignas(64) float scale[2 * kChunk];
   load_scales(part, Side::V, c, scale);
   const int64_t cols = round_up(c.n, kTile);

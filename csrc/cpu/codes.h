@@ -17,14 +17,13 @@ struct CodeRows {  // bytes: where in the side the first token's row begins, and
   int64_t at, bytes;
 };
 struct CodePart {
-  int bits;    // of a code; 0: trits
-  float mean;  // of the codes: value = scale * (code - mean)
-  int64_t channels, group;
-  CodeRows low, high, scales;  // high.bytes 0: one plane
+  int bits;                         // of a code; 0: trits
+  float mean;                       // of the codes: value = scale * (code - mean)
+  int64_t channels, group, groups;  // groups of `group` channels
+  CodeRows low, high, scales;       // high.bytes 0: one plane
 
-  int64_t groups() const { return channels / group; }
   int planes() const { return high.bytes ? 2 : 1; }
-  bool wide_scales() const { return scales.bytes == 2 * groups(); }  // fp16
+  bool wide_scales() const { return scales.bytes == 2 * groups; }  // fp16
 };
 struct PackedSide {
   int parts;  // 0: not such a side
@@ -54,6 +53,7 @@ CodePart code_part(int64_t page_size, int64_t D) {
           Part::Grid::offset,
           n,
           Part::group_channels(n),
+          Part::groups(n),
           {at, Part::low_row(n)},
           {at + Part::plane1_offset(page_size, n), Part::high_row(n)},
           {at + Part::scales_offset(page_size, n), Part::scale_row(n)}};

@@ -180,7 +180,9 @@ struct Plane {
   static constexpr int per_byte = 8 / B;
   static constexpr int max_code = ((1 << B) - 1) << POS;
   static constexpr float mean = max_code / 2.0f;
-  static constexpr bool adds = POS > 0;                            // its products to those of the plane of the low bits
+  // Bytes of the shortest row, of 32 channels; others are 8 or a multiple of 16.
+  static constexpr int shortest = B * 4;
+  static constexpr bool has_rest = false;
   static constexpr int64_t bytes(int64_t n) { return n * B / 8; }  // of n channels
 
   // Field p of every byte; called for p = 0, 1, ... in turn.
@@ -269,7 +271,8 @@ struct Trits {
   static constexpr int per_byte = 5;
   static constexpr int max_code = 2;
   static constexpr float mean = 1.0f;
-  static constexpr bool adds = false;
+  static constexpr int shortest = 13;
+  static constexpr bool has_rest = true;
   static constexpr int64_t bytes(int64_t n) { return (n + 4) / 5; }
 
   // A byte c is a fraction c / 256: three times it is the next trit and, below the point, what holds the others.
