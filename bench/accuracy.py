@@ -52,6 +52,7 @@ def table(found: list[Found]) -> str:
         [
             f.recipe.title,
             *(f"{b:.3f}" for b in f.bits),
+            "" if f.wider is None else f"{f.wider:.3f}",
             f"{math.exp(f.mean):.3f}",
             f"{100 * f.worse:+.2f} %",
             f"{100 * f.error:.2f} %",
@@ -59,7 +60,8 @@ def table(found: list[Found]) -> str:
         ]
         for f in sorted(found, key=lambda f: -f.bits[2])
     ]
-    return report.table(["cache", "K bits", "V bits", "in all", "perplexity", "over 16 bits", "+-", "chunks"], body)
+    head = ["cache", "K bits", "V bits", "in all", "D 128", "perplexity", "over 16 bits", "+-", "chunks"]
+    return report.table(head, body)
 
 
 def best(found: list[Found]) -> str:
@@ -69,8 +71,9 @@ def best(found: list[Found]) -> str:
         fitting = [f for f in found if f.recipe.calibrated == "text" and not f.recipe.read and f.page_bits <= budget]
         if fitting:
             f = min(fitting, key=lambda f: f.worse)
-            body.append([f"{budget:g}", f.recipe.format, f"{f.page_bits:.3f}", f"{100 * f.worse:+.2f} %"])
-    return report.table(["bits of a page at most", "best", "bits", "over 16 bits"], body)
+            wider = "" if f.wider is None else f"{f.wider:.3f}"
+            body.append([f"{budget:g}", f.recipe.title, f"{f.page_bits:.3f}", wider, f"{100 * f.worse:+.2f} %"])
+    return report.table(["bits of a page at most", "best", "bits", "D 128", "over 16 bits"], body, left=2)
 
 
 def shares(found: dict[str, list[Found]]) -> str:
@@ -103,8 +106,9 @@ Perplexity on novels, an FAQ and a handbook. {SINKS + PREFILL} tokens of a chunk
 everything between is read from the cache. Model and queries bf16. Ours went through `pack_pages` and `quant_attention`,
 but for the row that says otherwise. *Over 16 bits* compares chunk by chunk; *+-* is the standard error of that mean.
 Keys are calibrated on {CALIBRATION_CHUNKS} chunks of a dictionary of slang unless it says otherwise. Bits count codes,
-scales and masks; *in all* also padding and sinks, at {CONTEXT} tokens. Pages hold 64 tokens. transformers' caches have
-groups of 64 and a 16-bit window of {BLOCK} of their own; to be kind, they too got sinks in 16 bits.
+scales, masks and padding; *in all* also the sinks, at {CONTEXT} tokens; *D 128* is of pages of heads of that dim. Pages
+hold 64 tokens. transformers' caches have groups of 64 and a 16-bit window of {BLOCK} of their own; to be kind, they too
+got sinks in 16 bits.
 
 ![increase of perplexity over bits]({PICTURE.name})"""
 

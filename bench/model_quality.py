@@ -110,6 +110,7 @@ def short_list() -> list[Recipe]:
 class Found(NamedTuple):
     recipe: Recipe
     bits: tuple[float, float, float]  # of K, of V, in all
+    wider: float | None  # bits of pages of heads of dim 128, where known
     values: list[float]  # per item that was measured
     base: list[float]  # of the same items in 16 bits
 
@@ -197,26 +198,30 @@ class Bench:
         return torch.cat(logits)
 
     def bits(self, recipe: Recipe) -> tuple[float, float, float]:
-        """Per element of K, of V, and of both at CONTEXT tokens with sinks and padding."""
-        dim, layers, sink_share = self.model.head_dim, self.model.layers, SINKS / CONTEXT
-        if recipe == BASE:
-            return 16.0, 16.0, 16.0
-        if recipe.first:
-            each = [self.bits(recipe.of_layer(i, layers)) for i in range(layers)]
-            of_k, of_v, in_all = (statistics.fmean(b) for b in zip(*each, strict=True))
-            return of_k, of_v, in_all
+        """Per element of K, of V, and of both at CONTEXT tokens, the sinks counted."""
         if recipe.backend:
             cache = self.cache(recipe, self.random_prompt(SINKS + PREFILL), None, PREFILL)
             assert isinstance(cache, Transformers)
-            return cache.bits, cache.bits, 16 * sink_share + cache.bits * (1 - sink_share)
+            of_k = of_v = cache.bits
+        else:
+            of_k, of_v = self.side_bits(recipe, self.model.head_dim)
+        return of_k, of_v, (of_k + of_v) / 2 * (1 - SINKS / CONTEXT) + 16 * SINKS / CONTEXT
+
+    def side_bits(self, recipe: Recipe, head_dim: int) -> tuple[float, float]:
+        """Per element of K and of V in pages of such heads, metadata counted, padding as part of V."""
+        if recipe == BASE:
+            return 16.0, 16.0
+        if recipe.first:
+            layers = self.model.layers
+            each = [self.side_bits(recipe.of_layer(i, layers), head_dim) for i in range(layers)]
+            return statistics.fmean(k for k, _ in each), statistics.fmean(v for _, v in each)
         size = recipe.page_size
         if recipe.format in SIMULATED:
-            of_k, of_v = (side.bits(dim, size) for side in SIMULATED[recipe.format])
-            return of_k, of_v, 16 * sink_share + (of_k + of_v) / 2 * (1 - sink_share)
+            keys, values = SIMULATED[recipe.format]
+            return keys.bits(head_dim, size), values.bits(head_dim, size)
         fmt = kk.format(recipe.format)
-        of_k = 8 * fmt.v_offset(size, dim) / (size * dim)
-        of_v = 8 * fmt.data_bytes(size, dim) / (size * dim) - of_k
-        return of_k, of_v, 16 * sink_share + fmt.bits_per_element(size, dim) * (1 - sink_share)
+        of_k = 8 * fmt.v_offset(size, head_dim) / (size * head_dim)
+        return of_k, 2 * fmt.bits_per_element(size, head_dim) - of_k
 
     def random_prompt(self, tokens: int) -> Rows:
         gen, rows = torch.Generator().manual_seed(0), Rows()
@@ -260,7 +265,8 @@ class Bench:
         for recipe in wanted:
             names = [name for name, _ in items if name in done[recipe]]
             values, base = ([done[r][name] for name in names] for r in (recipe, wanted[0]))
-            found.append(Found(recipe, self.bits(recipe), values, base))
+            wider = None if recipe.backend else statistics.fmean(self.side_bits(recipe, 128))
+            found.append(Found(recipe, self.bits(recipe), wider, values, base))
         return found
 
 
