@@ -72,7 +72,7 @@ def cases() -> list[dict[str, Any]]:
             {**base, "src": ("bf16", "f16 NHD")[i % 2], "dst": name, "transform": True}
             for i, name in enumerate(FORMATS)
         ),
-        *({**base, "src": name, "dst": "bf16", "D": d} for name in FORMATS for d in _reference.head_dims(name)),
+        *({**base, "src": name, "dst": "bf16", "D": (64, 256)[i % 2]} for i, name in enumerate(FORMATS)),
         *({**base, "src": "u8", "dst": name, "transform": True} for name in ("u2", "m31/u2", "kivi2", "bf16 HND")),
         *({**base, "src": "m31/u2", "dst": name, "transform": True} for name in ("m42/t1", "b1", "f16 NHD")),
         *({**base, "src": "bf16 NHD", "dst": name, "page_size": 16} for name in ("kivi2/u2", "u4/f16", "u2/kivi2")),

@@ -199,10 +199,12 @@ def cases() -> list[dict[str, Any]]:
             "lens": (150, 1, 0, 300), "dtype": "float32", "formats": ("bf16",)}  # fmt: skip
     mixed = ("bf16", "u4", "m31/t1")
     both, kinds = ("pages", "tokens"), (("bf16",), ("u2",), mixed)
+    own = [f.name for f in formats() if 64 in _reference.head_dims(f.name)]
     any_width = ("u8", "u2", "m31/t1")
     options = [o for o in _attention.OPTIONS if "head_map" not in o and o.get("Tq") != 16]
     return [
-        *({**base, "of": of, "formats": (f.name,), "transform": True} for of in both for f in formats()),
+        *({**base, "of": "tokens", "formats": (f.name,), "transform": True} for f in formats()),
+        *({**base, "formats": (name,), "transform": True} for name in own),
         *({**base, "of": of, "formats": (f,), "D": d} for of in both for f in any_width for d in (64, 256)),
         *({**base, "of": of, "formats": (f,), "D": d} for of in both for f, d in (("bf16 NHD", 80), ("f16 HND", 192))),
         *({**base, "of": of, "formats": ("u3/u2", "bf16/u2", "kivi2/u4"), "page_size": 32} for of in both),
