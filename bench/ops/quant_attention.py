@@ -12,7 +12,7 @@ from bench.pages import HKV, HQ, PAGE, D, attend, paged
 from bench.race import Contestant, Race
 from kvkernels.ops.quant_attention import cost
 
-FORMATS = ("bf16", "u8", "u4", "u3", "u2", "kivi2")
+FORMATS = ("bf16", "u8", "u4", "u3", "u2", "t1", "b1", "m31/u2", "m42/b1.e5m3", "kivi2")
 SHAPES = ((1, 8192), (1, 32768), (8, 8192), (8, 32768))
 QUICK_SHAPES = ((1, 2048),)
 BOTH = {"sdpa": peers.sdpa, "matmul": peers.matmul}

@@ -12,7 +12,7 @@ import kvkernels as kk
 from bench.pages import HKV, PAGE, D
 from bench.race import Contestant, Race
 
-FORMATS = ("bf16", "u8", "u4", "u3", "u2")
+FORMATS = ("bf16", "u8", "u4", "u3", "u2", "t1", "b1", "m31/u2")
 
 
 def races(threads: int, quick: bool) -> Iterator[Race]:
@@ -20,7 +20,8 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
     k, v = (torch.randn(length, HKV, D, dtype=torch.bfloat16) for _ in "kv")
     k_copy, v_copy = torch.empty_like(k), torch.empty_like(v)
     slots = torch.arange(length)
-    transform = kk.KVTransform(torch.randn(HKV, D), torch.rand(HKV, D) + 0.5)
+    order = torch.stack([torch.randperm(D) for _ in range(HKV)]).int()
+    transform = kk.KVTransform(torch.randn(HKV, D), torch.rand(HKV, D) + 0.5, order)
     size = 2.0 * k.numel() * k.element_size()
     rotation = 2.0 * k.numel() * math.log2(D)  # additions of one Walsh-Hadamard transform per row of K and of V
 

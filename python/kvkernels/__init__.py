@@ -1,4 +1,4 @@
-"""Attention over small KV caches: 2-, 3-, 4- and 8-bit pages in hand-written kernels for PyTorch.
+"""Attention over small KV caches: 1- to 8-bit pages in hand-written kernels for PyTorch.
 
     import kvkernels as kk
 
@@ -19,6 +19,7 @@ from kvkernels.ops import OPS as _OPS
 from kvkernels.paged_kv import KVTransform as KVTransform
 from kvkernels.paged_kv import PagedKV as PagedKV
 from kvkernels.plan import Plan as Plan
+from kvkernels.presets import preset as preset
 from kvkernels.summaries import PageSummaries as PageSummaries
 
 if TYPE_CHECKING:
