@@ -109,12 +109,14 @@ struct TokenPlace {
 
   static __device__ int group_lane() { return threadIdx.x % group_lanes; }
 
+  // A side has less than 4 GiB.
   __device__ TokenPlace(uint8_t* side, int64_t token, int64_t page_size) {
-    const int lane = threadIdx.x % L, group = lane / group_lanes;
-    low = side + token * Codes::low_row(D) + group * Grid::low_bytes(kPerLane * group_lanes);
-    high = side + Codes::plane1_offset(page_size, D) + token * (D / 8) + lane;
-    scale = reinterpret_cast<typename Scale::Bits*>(side + Codes::scales_offset(page_size, D)) +
-            token * Codes::groups(D) + group;
+    const uint32_t lane = threadIdx.x % L, group = lane / group_lanes;
+    low = side + static_cast<uint32_t>(token * Codes::low_row(D) + group * Grid::low_bytes(kPerLane * group_lanes));
+    high = side + static_cast<uint32_t>(Codes::plane1_offset(page_size, D) + token * (D / 8) + lane);
+    scale = reinterpret_cast<typename Scale::Bits*>(side + static_cast<uint32_t>(Codes::scales_offset(page_size, D) +
+                                                                                 token * Codes::scale_row(D) +
+                                                                                 group * sizeof(typename Scale::Bits)));
   }
 
   using LowWord = typename Word<kCodeBits<Grid>>::type;  // eight codes
@@ -172,7 +174,7 @@ __device__ __forceinline__ void pack(const float (&x)[8], bool unbiased, bool ac
   using Grid = typename Codes::Grid;
   using Scale = typename Codes::Scale;
   constexpr int G = TokenPlace<Codes, L>::group_lanes, n = kPerLane * G, bits = kCodeBits<Grid>;
-  float t[8], level[8];
+  float t[8];
   bool finite = true;
 #pragma unroll
   for (int i = 0; i < 8; ++i) finite &= fabsf(x[i]) <= 3.4028235e38f;
@@ -202,30 +204,27 @@ __device__ __forceinline__ void pack(const float (&x)[8], bool unbiased, bool ac
   den = fold_lanes(den, G, [](float a, float b) { return a + b; });
   const float dot = fold_sum<G>(t), least_squares = den > 0.0f ? dot / den : 0.0f;
 
-  typename Scale::Bits scale;
-  const auto levels = [&](float inv) {
+  uint64_t low = 0;
+  uint32_t high = 0;
+  const auto make_codes = [&](float inv) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) level[i] = Grid::level(__fmul_rn(x[i], inv));
+    for (int i = 0; i < 8; ++i) {
+      const float l = Grid::level(__fmul_rn(x[i], inv));
+      t[i] = __fmul_rn(x[i], l);
+      const uint32_t code = static_cast<uint32_t>(l + Grid::offset);
+      low |= static_cast<uint64_t>(code & ((1u << bits) - 1u)) << (bits * i);
+      high |= (code >> 2 & 1u) << i;
+    }
   };
+  typename Scale::Bits scale;
   if (Grid::unbiased_values && unbiased) {  // alike for the lanes of a warp
-    levels(1.0f / fmaxf(least_squares, kTinyScale));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) t[i] = __fmul_rn(x[i], level[i]);
+    make_codes(1.0f / fmaxf(least_squares, kTinyScale));
     const float length = fold_sum<G>(t);
     scale = Scale::from_float(length > 0.0f ? fminf(squares / length, Scale::largest) : 0.0f);
   } else {
     scale = Scale::from_float(fminf(least_squares, Scale::largest));
     const float s = Scale::to_float(scale);
-    levels(s > 0.0f ? 1.0f / s : 0.0f);
-  }
-
-  uint64_t low = 0;
-  uint32_t high = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t code = static_cast<uint32_t>(level[i] + Grid::offset);
-    low |= static_cast<uint64_t>(code & ((1u << bits) - 1u)) << (bits * i);
-    high |= (code >> 2 & 1u) << i;
+    make_codes(s > 0.0f ? 1.0f / s : 0.0f);
   }
   at.store_low(finite ? low : 0, active);
   if (!active) return;

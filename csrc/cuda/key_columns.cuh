@@ -28,34 +28,36 @@ struct Units {
 // Runs of formats of one part, and of two.
 KK_HD constexpr int unit_run(int D, int parts) { return (D / parts < kScaleGroup ? D / parts : kScaleGroup) / 16; }
 
-// The codes of a word in their order, as pairs of bf16, less the offset of the grid. u3: its low bits, and half a word of the
-// high ones. Trits: in two bits each.
-template <typename Grid, int N>
-__device__ __forceinline__ void unpack_codes(uint32_t word, uint32_t high, uint32_t (&pairs)[N]) {
-  if constexpr (Grid::bits == 8) {
-    // Code u is u - 128 as a signed byte, and means half more.
-    word ^= 0x80808080u;
-    const uint32_t even = signed_bytes(word), odd = signed_bytes(word >> 8);
-    pairs[0] = add_bf16(low_halves(even, odd), 0x3f003f00u);
-    pairs[1] = add_bf16(high_halves(even, odd), 0x3f003f00u);
-  } else {
-    // 64 + code, where the lowest bit of bf16 means a half, less 64 + offset: codes i and i + N at a time.
-    constexpr uint32_t code = (1u << (kCodeBits<Grid> + 1)) - 2u;
-    constexpr uint32_t offset = 0xc280u + static_cast<uint32_t>(2 * Grid::offset);
-    if constexpr (Grid::bits == 3) high = __byte_perm(high, 0, 0x4140) << 3;
-    uint32_t apart[N];
+// Four codes as pairs of bf16, less the offset of the grid.
+__device__ __forceinline__ void unpack_bytes(uint32_t word, uint32_t (&pairs)[2]) {
+  // Code u is u - 128 as a signed byte, and means half more.
+  word ^= 0x80808080u;
+  const uint32_t even = signed_bytes(word), odd = signed_bytes(word >> 8);
+  pairs[0] = add_bf16(low_halves(even, odd), 0x3f003f00u);
+  pairs[1] = add_bf16(high_halves(even, odd), 0x3f003f00u);
+}
+
+// Codes 4 s ... 4 s + 3 of the low half of a word, and of the high half. Grid: at most 4 bits, trits in two. high: the third
+// bits of the codes of a word, in half a one.
+template <typename Grid>
+__device__ __forceinline__ void unpack_halves(uint32_t word, uint32_t high, int s, uint32_t (&first)[2],
+                                              uint32_t (&second)[2]) {
+  // 64 + code, where the lowest bit of bf16 means a half, less 64 + offset: a code of each half at a time.
+  constexpr uint32_t code = (1u << (kCodeBits<Grid> + 1)) - 2u;
+  constexpr uint32_t offset = 0xc280u + static_cast<uint32_t>(2 * Grid::offset);
+  if constexpr (Grid::bits == 3) high = __byte_perm(high, 0, 0x4140) << 3;
+  uint32_t apart[4];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int shift = kCodeBits<Grid> * i - 1;
-      uint32_t x = (shift < 0 ? word << 1 : word >> shift) & (code * 0x10001u);
-      if constexpr (Grid::bits == 3) x |= high >> i & 0x00080008u;
-      apart[i] = add_bf16(x | 0x42804280u, offset * 0x10001u);
-    }
+  for (int i = 0; i < 4; ++i) {
+    const int shift = kCodeBits<Grid> * (4 * s + i) - 1;
+    uint32_t x = (shift < 0 ? word << 1 : word >> shift) & (code * 0x10001u);
+    if constexpr (Grid::bits == 3) x |= high >> (4 * s + i) & 0x00080008u;
+    apart[i] = add_bf16(x | 0x42804280u, offset * 0x10001u);
+  }
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      pairs[i] = low_halves(apart[2 * i], apart[2 * i + 1]);
-      pairs[N / 2 + i] = high_halves(apart[2 * i], apart[2 * i + 1]);
-    }
+  for (int i = 0; i < 2; ++i) {
+    first[i] = low_halves(apart[2 * i], apart[2 * i + 1]);
+    second[i] = high_halves(apart[2 * i], apart[2 * i + 1]);
   }
 }
 
@@ -184,19 +186,30 @@ struct Keys {
   __device__ __forceinline__ void multiply_codes(const QueryTile& q, Sums (&sums)[2]) const {
     using U = Units<Fmt, MaxD>;
     using Grid = typename U::template Codes<unit>::Grid;
-    constexpr int word_steps = 8 / kCodeBits<Grid>, at = kUnitWords * unit;
+    constexpr int at = kUnitWords * unit, first_step = unit * U::run;
+    if constexpr (Grid::bits == 8) {
 #pragma unroll
-    for (int k = 0; k < (U::run + word_steps - 1) / word_steps; ++k) {
-      uint32_t pairs[2][2 * word_steps];
+      for (int k = 0; k < U::run; ++k) {
+        uint32_t b[2][1][2];
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const uint32_t high = Grid::bits == 3 ? w[tile][at + (U::run + 3) / 4] >> (16 * k) : 0;
-        unpack_codes<Grid>(w[tile][at + k], high, pairs[tile]);
+        for (int tile = 0; tile < 2; ++tile) unpack_bytes(w[tile][at + k], b[tile][0]);
+        multiply(q, first_step + k, b, sums);
       }
+    } else {
+      constexpr int half_steps = 4 / kCodeBits<Grid>;  // of half a word
 #pragma unroll
-      for (int s = 0; s < word_steps && s < U::run; ++s)
-        multiply<2, 1>(q, unit * U::run + k * word_steps + s,
-                       {{{pairs[0][2 * s], pairs[0][2 * s + 1]}}, {{pairs[1][2 * s], pairs[1][2 * s + 1]}}}, sums);
+      for (int step = 0; step < U::run; step += 2 * half_steps)
+#pragma unroll
+        for (int s = step; s < step + half_steps && s < U::run; ++s) {
+          uint32_t b[2][2][1][2];
+#pragma unroll
+          for (int tile = 0; tile < 2; ++tile) {
+            const uint32_t high = Grid::bits == 3 ? w[tile][at + (U::run + 3) / 4] >> (4 * step) : 0;
+            unpack_halves<Grid>(w[tile][at + step / (2 * half_steps)], high, s - step, b[0][tile][0], b[1][tile][0]);
+          }
+          multiply(q, first_step + s, b[0], sums);
+          if (s + half_steps < U::run) multiply(q, first_step + s + half_steps, b[1], sums);
+        }
     }
   }
 };

@@ -28,19 +28,17 @@ struct Args : ScoreTokensParams {
 };
 
 // The queries of a tile of rows, as formats want them; digits = 0: no pool has such a format.
+template <int MaxD>
 struct Queries {
   QueryTile plain, rotated, halves;  // q; q' = H (q / t); q' of formats of two parts
 
   __device__ Queries(const Args& a, uint4* data)
       : plain{data, a.plain_digits, plain_steps(static_cast<int>(a.D)), kPlainRun},
-        rotated(behind(plain, a, a.parts_digits[0], 1)),
-        halves(behind(rotated, a, a.parts_digits[1], 2)) {}
+        rotated{behind(plain), a.parts_digits[0], MaxD / 16, unit_run(MaxD, 1)},
+        halves{behind(rotated), a.parts_digits[1], MaxD / 16, unit_run(MaxD, 2)} {}
 
  private:
-  static __device__ QueryTile behind(const QueryTile& q, const Args& a, int digits, int parts) {
-    const int D = static_cast<int>(a.D);
-    return {q.data + QueryTile::bytes(q.digits, q.steps) / 16, digits, D / 16, unit_run(D, parts)};
-  }
+  static __device__ uint4* behind(const QueryTile& q) { return q.data + QueryTile::bytes(q.digits, q.steps) / 16; }
 };
 
 // This lane's channels of q', before the rotation, and its part of q.mu.
@@ -73,8 +71,9 @@ __device__ __forceinline__ float load_balanced(const Args& a, int64_t b, int h, 
 }
 
 // q of a tile, q' = H (q / t) of formats of one part and of two, and q.mu, so that q.k = q'.k' + q.mu.
-__device__ __forceinline__ void build_queries(const Args& a, const Queries& q, float (&bias)[2][kTileRows], int64_t b,
-                                              int h, int tile) {
+template <int MaxD>
+__device__ __forceinline__ void build_queries(const Args& a, const Queries<MaxD>& q, float (&bias)[2][kTileRows],
+                                              int64_t b, int h, int tile) {
   const int D = static_cast<int>(a.D), padded = plain_steps(D) * 16, lanes = D / kPerLane;
   float x[8];
   if (q.plain.digits)
@@ -113,7 +112,7 @@ __global__ __launch_bounds__(kScoreThreads, MaxD > 128 ? 3 : 4) void score_keys_
   if (begin >= count) return;
 
   const int D = static_cast<int>(a.D);
-  const Queries queries(a, smem);
+  const Queries<MaxD> queries(a, smem);
   // Steps of the warp, two for each round of 32 tokens.
   const int warp = threadIdx.x / 32;
   const auto own = [&](int step) { return begin + (step / 2 * kScoreWarps + warp) * kWarpItems; };
