@@ -37,13 +37,12 @@ def zero_pool(shape: Sequence[int], device: torch.device | str | None = None) ->
 
 
 class KVTransform(NamedTuple):
-    """The basis in which formats that rotate store keys: k' = H (diag(balance) (k - centre))[order], undone on the query
-    side.
+    """The basis of keys in formats that rotate: k' = H (diag(balance) (k - centre))[order]; attention turns q instead.
 
     centre, balance: float32 [Hkv, D], constants of a layer; `calibrate_keys` measures them. Values are not centred.
-    order:           int32 [Hkv, D], a permutation of the channels of every head, or None for channels as they come: stored
-                     channel j is channel order[j]. Only formats of two halves (m31, m42, m21) look at it: the first half
-                     gets more bits, so channels of large balanced variance come first.
+    order:           int32 [Hkv, D], a permutation of the channels of every head, or None for channels as they come:
+                     stored channel j is channel order[j]. Only formats of two halves (m31, m42, m21) look at it: the
+                     first half gets more bits, so channels of large balanced variance come first.
     """
 
     centre: Tensor

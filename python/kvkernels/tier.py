@@ -147,7 +147,7 @@ def lay_tokens(
     entries = table.long().repeat_interleave(size, 1)[:, :T]
     slots = (entries & PAGE_MASK) * size + torch.arange(T, device=k.device) % size
     for pool in range(len(pages)):
-        b, place = (alive & (entries >> PAGE_BITS == pool)).nonzero(as_tuple=True)
-        token = order[b, place]
-        write_kv(k[b, token], v[b, token], kv, pool, slots[b, place])
+        sequence, place = (alive & (entries >> PAGE_BITS == pool)).nonzero(as_tuple=True)
+        token = order[sequence, place]
+        write_kv(k[sequence, token], v[sequence, token], kv, pool, slots[sequence, place])
     return TokenLayout(order.masked_fill(~alive, -1), slots.masked_fill(~alive, -1), table, lens.int())

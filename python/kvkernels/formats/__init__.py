@@ -159,7 +159,7 @@ def formats() -> tuple[Format, ...]:
 
 
 # The basis: centre and balance [..., head_dim], order int [..., head_dim] or None; numbers are [..., tokens, head_dim].
-Transform = tuple[Tensor, ...]
+Transform = tuple[Tensor | None, ...]
 
 
 def to_stored(
@@ -170,10 +170,10 @@ def to_stored(
     balance: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """Numbers as the user has them -> as the format stores them: H (diag(balance) (k - centre))[order], H v, or unchanged.
+    """Numbers as the user has them -> as the format stores them: H (diag(balance) (k - centre))[order], H v, or as is.
 
-    In x's dtype; exact to the bit in float32. centre, balance and order [..., head_dim] without the token dim, keys only.
-    Formats of one part take channels as they come; those of two rotate each half of them by itself.
+    In x's dtype; exact to the bit in float32. centre, balance and order [..., head_dim] without the token dim, keys
+    only. Formats of one part take channels as they come; those of two rotate each half of them by itself.
     """
     c = codec(name)
     if not c.ROTATED:

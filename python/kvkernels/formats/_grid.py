@@ -7,12 +7,10 @@ core/scale.h and core/token_codes.h, bit for bit).
     +-----------------------------+-----------------------+------------------------------------+
 
 x = s * (code - offset), one scale per token and 128 channels: of keys the least-squares one; of values on coarse grids
-(at most 2 bits) the one that makes <x, decoded> = <x, x>. Everything is fp32 without fused multiply-add; sums are folded
-in halves. A zero group decodes to 0, a scale past the largest clips, a group that holds NaN or Inf decodes to NaN.
+(at most 2 bits) the one that makes <x, decoded> = <x, x>. Everything is fp32 without fused multiply-add; sums are
+folded in halves. A zero group decodes to 0, a scale past the largest clips, a group with NaN or Inf decodes to NaN.
 Source of the values' scale: Gao and Long 2024, arXiv:2405.12497 (RaBitQ).
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +39,7 @@ def unpack_bits(data: Tensor, bits: int) -> Tensor:
 
 
 def pack_trits(codes: Tensor) -> Tensor:
-    """uint8 codes [..., n] in 0, 1, 2 -> bytes [..., ceil(n / 5)]: ceil(256 v / 243) of v = 81 t0 + 27 t1 + ... + t4."""
+    """uint8 codes [..., n] in 0, 1, 2 -> bytes [..., ceil(n / 5)]: ceil(256 v / 243), v = 81 t0 + 27 t1 + ... + t4."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 5)).unflatten(-1, (-1, 5)).int()
     v = (padded * torch.tensor([81, 27, 9, 3, 1], device=codes.device)).sum(-1)
     return ((v * 256 + 242) // 243).to(torch.uint8)

@@ -1,13 +1,13 @@
-"""Keys of two grids: the first half of the channels, in the order of `KVTransform.order`, in a fine one, the second in a
-coarse one; each half is rotated by itself and stored as a side of its own (twin of core/halves.h).
+"""Keys of two grids: the first half of the channels, in the order of `KVTransform.order`, in a fine one, the second in
+a coarse one; each half is rotated by itself and stored as a side of its own (twin of core/halves.h).
 
     +-----------------------------------------+-----------------------------------------+
     | stored channels 0 .. D/2: a side of     | stored channels D/2 .. D: a side of     |
     |   `first` with head dim D/2             |   `second` with head dim D/2            |
     +-----------------------------------------+-----------------------------------------+
 
-Source: channels reordered as in Su et al. 2025, arXiv:2501.16383 (RotateKV), bits by the range of the channel as in Tao et
-al. 2025, arXiv:2503.16257 (VidKV); the combination measured for this library.
+Source: channels reordered as in Su et al. 2025, arXiv:2501.16383 (RotateKV), bits by the range of the channel as in Tao
+et al. 2025, arXiv:2503.16257 (VidKV); the combination measured for this library.
 """
 
 import torch
