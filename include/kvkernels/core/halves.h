@@ -10,11 +10,18 @@
 // Source: channels reordered before quantisation as in Su et al. 2025, arXiv:2501.16383 (RotateKV), bits by the range of the
 // channel as in Tao et al. 2025, arXiv:2503.16257 (VidKV); the combination measured for this library.
 #pragma once
-#include <type_traits>
-
 #include "kvkernels/core/token_codes.h"
 
 KK_BEGIN
+
+template <int p, typename First, typename Second>
+struct PartOf {
+  using type = First;
+};
+template <typename First, typename Second>
+struct PartOf<1, First, Second> {
+  using type = Second;
+};
 
 template <typename First, typename Second>
 struct Halves {
@@ -23,7 +30,7 @@ struct Halves {
   static constexpr bool keys_only = true;
   static constexpr int parts = 2;
   template <int p>
-  using Part = std::conditional_t<p == 0, First, Second>;
+  using Part = typename PartOf<p, First, Second>::type;
 
   KK_HD static constexpr bool whole_pages(Side) { return false; }
   KK_HD static constexpr int64_t part_offset(int p, int64_t page_size, int64_t D) {
