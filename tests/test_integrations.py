@@ -39,6 +39,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {"sliding_window": 72, "num_local_experts": 2, "num_experts_per_tok": 1}),
 }
 
+# Linear attention in three layers of four, whose states only have to be kept.
+HYBRID = {
+    "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1,
+    "linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: Callable[[int], None]) -> None:
@@ -47,7 +54,7 @@ def one_thread(threads: Callable[[int], None]) -> None:
 
 def make(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    family, own = MODELS[name]
+    family, own = MODELS.get(name, ("Qwen3Next", HYBRID))
     config = getattr(transformers, f"{family}Config")(**{**COMMON, **own, **changes})
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
@@ -90,7 +97,7 @@ def error(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "qwen3_next"])
 def test_16_bits_are_as_the_cache_of_transformers(name: str) -> None:
     """Batch with padding; prompt past all windows. The rounding to 16 bits is known from a model that was not attached,
     which decodes the pages."""
@@ -98,12 +105,12 @@ def test_16_bits_are_as_the_cache_of_transformers(name: str) -> None:
     expected, exact = generate(model, ids, DynamicCache(config=model.config), attention_mask=mask)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tokens, logits = generate(model, ids, KVCache(**F16), attention_mask=mask)
+        tokens, logits = generate(model, ids, KVCache(**F16, config=model.config), attention_mask=mask)
     assert torch.equal(tokens, expected)
     rounding = error(logits, exact)
     assert 0 < rounding < 2e-3 * float(exact.abs().max())
     attach(model)
-    tokens, logits = generate(model, ids, KVCache(**F16), attention_mask=mask)
+    tokens, logits = generate(model, ids, KVCache(**F16, config=model.config), attention_mask=mask)
     assert torch.equal(tokens, expected)
     assert error(logits, exact) <= 2 * rounding
 
@@ -380,6 +387,8 @@ def test_errors() -> None:
             model(ids, past_key_values=KVCache(["u2"]))
         with pytest.raises(ValueError, match="head_dim must be one of 64, 128, 256 for a packed format; got 96"):
             attach(make("llama", head_dim=96))(ids, past_key_values=KVCache())
+        with pytest.raises(ValueError, match=r"has linear attention; pass config=model.config"):
+            attach(make("qwen3_next"))(ids, past_key_values=KVCache())
         cache = KVCache(**F16)
         model(ids, past_key_values=cache)
         with pytest.raises(ValueError, match=r"holds 2 sequences, got 1; reset\(\) empties it"):

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -70,6 +70,8 @@ class KVCache(Cache):
                    first page is packed; it then stays, over reset() too
     transforms     KVTransforms to use instead, one per layer (None in the list: calibrate that layer); those of a cache
                    that has seen text are its `transforms`
+    config         the model's, for models that also have linear attention or convolutions (Qwen3-Next, LFM2): their
+                   states are kept as transformers' own caches keep them
 
     Takes what transformers' caches take: batches with padding (padding is not stored), beam search (sequences share
     pages), assisted generation (crop), several turns, sliding windows (pages that no query will see are given up),
@@ -89,8 +91,12 @@ class KVCache(Cache):
         dtype: torch.dtype | None = None,
         calibrate: bool = True,
         transforms: Sequence[KVTransform | None] | None = None,
+        config: PreTrainedConfig | None = None,
     ):
-        super().__init__(layers=[])
+        states = [] if config is None else DynamicCache(config=config).layers
+        super().__init__(layers=[x if isinstance(x, LinearAttentionLayer) else DummyLayer() for x in states])
+        if any(isinstance(x, LinearAttentionLayer) and isinstance(x, CacheLayerMixin) for x in states):
+            raise ValueError("KVCache: layers with attention and linear attention side by side are not supported")
         if dtype is not None and dtype not in FORMAT_OF_DTYPE:
             raise TypeError(f"KVCache: dtype must be bfloat16, float16 or None; got {dtype}")
         for name, value, least in (("sink_tokens", sink_tokens, 0), ("recent_tokens", recent_tokens, 0)):
@@ -186,15 +192,19 @@ class KVCache(Cache):
     # ---- what generate() calls
     def reset(self) -> None:
         """Forget all tokens, give back the memory. What was calibrated stays."""
+        super().reset()
         self.pages.reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
         self._fork(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
         self._fork([row for row in range(self.pages.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
         self._fork(torch.arange(self.pages.batch)[indices.cpu()].tolist())
 
     def _fork(self, src: list[int]) -> None:
@@ -206,6 +216,7 @@ class KVCache(Cache):
         recent_tokens of them."""
         if tokens_to_remove > 0:
             raise ValueError(f"KVCache.crop: takes minus the number of tokens to remove; got {tokens_to_remove}")
+        super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.pages.crop(-tokens_to_remove)
 
@@ -222,9 +233,11 @@ class KVCache(Cache):
     def is_initialized(self) -> bool:
         return self.pages.columns > 0
 
-    @property
-    def is_croppable(self) -> bool:
-        return True
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        if not self.layers:
+            raise ValueError("KVCache: this model has linear attention; pass config=model.config")
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
 
 
 class _New:
