@@ -40,8 +40,8 @@ def test_format_table() -> None:
     """Bits per element are counted in bytes of a page of 64 tokens and 128 channels."""
     table = {row[0]: row for row in rows("Formats")}
     assert set(table) == {f.k for f in kk.formats()}
-    for name, row in table.items():
-        assert float(row[2]) == pytest.approx(kk.format(name).bits_per_element(64, 128), abs=5e-4)
+    for fmt in kk.formats():
+        assert float(table[fmt.k][2]) == pytest.approx(fmt.bits_per_element(64, 128), abs=5e-4)
 
 
 def test_op_table() -> None:
