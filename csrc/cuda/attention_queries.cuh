@@ -1,4 +1,5 @@
-// q of a segment's rows, scaled and rotated, as the B operands of the products with K, of every kind that the pools need.
+// q of a segment's rows, scaled and rotated, as the B operands of the products with K, of every kind that the pools
+// need.
 #pragma once
 #include "cuda/attention_tile.cuh"
 #include "cuda/codes.cuh"
@@ -8,8 +9,8 @@ namespace kk::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Where channel i of an octet of channels stands among the operands of codes: the c-th quarter of every `Run` channels is
-// lane c's, and unpack() gives it channels 8 apart, or 4 where it has but 8.
+// Where channel i of an octet of channels stands among the operands of codes: the c-th quarter of every `Run` channels
+// is lane c's, and unpack() gives it channels 8 apart, or 4 where it has but 8.
 struct CodePlace {
   int step, reg, c, high;
 };

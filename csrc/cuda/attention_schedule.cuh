@@ -21,8 +21,8 @@ namespace kk::cuda {
 constexpr int kMaxWarps = 4;
 constexpr int kUnitsPerBlock = kMaxWarps;  // a smaller share would leave warps idle and make more parts to merge
 
-// The queries that the K side of a format is multiplied with: those of rotated formats of one part and of two (halves), each
-// as one fp16 number or two, and others. Each kind that the pools need is made once per segment.
+// The queries that the K side of a format is multiplied with: those of rotated formats of one part and of two (halves),
+// each as one fp16 number or two, and others. Each kind that the pools need is made once per segment.
 enum Queries : int {
   kQueriesF16,
   kQueriesBf16,
@@ -34,8 +34,8 @@ enum Queries : int {
   kQueryKinds
 };
 
-// One side of a page of packed format is a few arrays: codes, high bits and scales, of each part. In a stage they lie behind
-// each other, in rooms for what expand() makes of them; what grows is copied to the end of its room.
+// One side of a page of packed format is a few arrays: codes, high bits and scales, of each part. In a stage they lie
+// behind each other, in rooms for what expand() makes of them; what grows is copied to the end of its room.
 struct SideArray {
   int offset;      // in the side
   int stride;      // bytes of a token
@@ -207,7 +207,8 @@ struct Splits {
 };
 
 // Equal shares: block k of n has steps [all k / n, all (k + 1) / n) of the list, in which a unit has one or several.
-// The merge asks for many of them, and a division of 64 bits is a hundred instructions: all k / n = each k + rest k / n.
+// The merge asks for many of them, and a division of 64 bits is a hundred instructions: all k / n
+// = each k + rest k / n.
 struct Shares {
   int64_t all, each;
   int n, rest;

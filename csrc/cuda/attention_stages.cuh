@@ -1,6 +1,6 @@
-// How tokens come into the stages of a warp: which ones and from where, cp.async, and what is done to them when they have
-// landed, so that whoever uses a stage finds packed sides as a page of its tokens would have them, with codes of whole bits
-// and fp16 scales.
+// How tokens come into the stages of a warp: which ones and from where, cp.async, and what is done to them when they
+// have landed, so that whoever uses a stage finds packed sides as a page of its tokens would have them, with codes of
+// whole bits and fp16 scales.
 //
 // With a selection (`Sparse`) a token has two numbers: its place among the selected ones, by which work is cut, and its
 // position in the sequence, which says who sees it. A unit is tokens of one page as ever, or where Layout::gather 16
@@ -100,9 +100,9 @@ struct Stages {
     }
   }
 
-  // The gathered tokens of one side, token lane % 16 of `side` at in_page, into the arrays of a page of 16 tokens; zeros
-  // where there is none. `of_page`: the side of the page that arrays without tokens come from. Tokens that are not
-  // aligned come in the words of 4 bytes that hold them: trits to the beginning of their rooms, scales to `words`.
+  // The gathered tokens of one side, token lane % 16 of `side` at in_page, into the arrays of a page of 16 tokens;
+  // zeros where there is none. `of_page`: the side of the page that arrays without tokens come from. Tokens that are
+  // not aligned come in the words of 4 bytes that hold them: trits to the beginning of their rooms, scales to `words`.
   template <int N>
   __device__ void copy_tokens(uint8_t* to, uint8_t* words, const uint8_t* side, const uint8_t* of_page,
                               const SideArray (&arrays)[N], int in_page, bool exists) const {

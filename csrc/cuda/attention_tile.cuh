@@ -45,9 +45,9 @@ struct Row {
 // Of the query with this tree mask, or of its token: ancestors in the tree.
 __device__ __forceinline__ int depth(uint32_t bits) { return __popc(bits) - 1; }
 
-// Header of a stage: place of its first token, pool (-1: nothing); with a selection two positions, from the first on and
-// before the other (or, where some of 16 are missing, any), positions of 16 tokens where these are gathered (-1: none), and
-// words with their scales in them, of both parts of K and of V.
+// Header of a stage: place of its first token, pool (-1: nothing); with a selection two positions, from the first on
+// and before the other (or, where some of 16 are missing, any), positions of 16 tokens where these are gathered (-1:
+// none), and words with their scales in them, of both parts of K and of V.
 template <bool Sparse>
 constexpr int kHeader = Sparse ? 16 + 16 * 4 + 3 * 16 * 4 : 16;
 constexpr int kPositions = 16, kScaleWords = kPositions + 16 * 4;

@@ -50,8 +50,8 @@ __device__ __forceinline__ uint32_t shift_left(uint32_t x, int n) { return n >= 
 template <int B>
 struct Pair {
   static constexpr int words = B <= 3 ? 1 : B / 2;
-  // b1, u2, u3: eight codes per half (b1: in bits 0-7; what stands above them does not matter), of u3 two bits each; u4:
-  // four codes per half and word; u8: bytes a0 b0 a1 b1, ...
+  // b1, u2, u3: eight codes per half (b1: in bits 0-7; what stands above them does not matter), of u3 two bits each;
+  // u4: four codes per half and word; u8: bytes a0 b0 a1 b1, ...
   uint32_t low[words];
   uint32_t high;  // u3: bits 0-7 of each half are the codes' third bits; what stands above them does not matter
 };
