@@ -135,7 +135,7 @@ def measure(model: Any, token: Tensor, short: dict[str, Any], long: dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=8000, help="tokens of the prompt (%(default)s)")
-    parser.add_argument("--format", default="u2", help="of the packed pages (%(default)s)")
+    parser.add_argument("--format", default="m31/u2.e5m3", help="of the packed pages (%(default)s)")
     parser.add_argument("--new", type=int, default=48, help="tokens to write (%(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of timing per number of threads (%(default)s)")
