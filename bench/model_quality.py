@@ -245,14 +245,14 @@ class Bench:
         out = cache.attend(*(x[:BLOCK] for x in (prompt.q, prompt.k, prompt.v)))
         return hashlib.sha256(out.float().numpy().tobytes()).hexdigest()[:16]
 
-    def measure(self, what: Measurement, wanted: list[Recipe], count: int, kept: Path) -> list[Found]:
-        """All recipes item by item, so that a run that was cut off has pairs."""
+    def measure(self, what: Measurement, wanted: list[Recipe], count: int, kept: Path, new: bool) -> list[Found]:
+        """All recipes item by item, so that a run that was cut off has pairs. new: measure what is not kept."""
         store: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
         done = {r: store.setdefault(f"{what.name} | {r.title} | {self.fingerprint(r)}", {}) for r in wanted}
         items = what.items(self, count)
         for i, (name, ids) in enumerate(items):
             missing = [r for r in wanted if name not in done[r] and (r.backend != "hqq" or i < SLOW_ITEMS)]
-            if not missing:
+            if not missing or not new:
                 continue
             for recipe, value in what.run(self, ids, missing):
                 done[recipe][name] = value
@@ -264,6 +264,8 @@ class Bench:
         found = []
         for recipe in wanted:
             names = [name for name, _ in items if name in done[recipe]]
+            if not names:
+                continue
             values, base = ([done[r][name] for name in names] for r in (recipe, wanted[0]))
             wider = None if recipe.backend else statistics.fmean(self.side_bits(recipe, 128))
             found.append(Found(recipe, self.bits(recipe), wider, values, base))
