@@ -137,6 +137,18 @@ def kind(recipe: Recipe) -> str:
     return ours if recipe.calibrated else plain
 
 
+def label(recipe: Recipe) -> str:
+    wider = f", first layers {recipe.first}" if recipe.first else ""
+    return recipe.backend or recipe.format.removesuffix(".e5m3") + wider.removesuffix(".e5m3")
+
+
+def point(f: Found, others: list[Found]) -> picture.Point:
+    """Its label stands to the left where another point is in the way on the right, and none on the left."""
+    near = [g.bits[2] / f.bits[2] for g in others if abs(g.worse - f.worse) < TOP / 20]
+    right, left = (any(1 < ratio < 1.13 for ratio in side) for side in (near, [1 / ratio for ratio in near]))
+    return picture.Point(f.bits[2], f.worse, label(f.recipe), not right or left)
+
+
 def draw(found: list[Found], name: str) -> str:
     shown = [f for f in found if kind(f.recipe) and f.bits[2] <= BITS[-1]]
     low = [f for f in shown if f.worse <= TOP]
@@ -144,8 +156,7 @@ def draw(found: list[Found], name: str) -> str:
         picture.Series(
             title,
             colour,
-            [picture.Point(f.bits[2], f.worse, f.recipe.backend or f.recipe.format)
-             for f in low if kind(f.recipe) == title],
+            [point(f, low) for f in low if kind(f.recipe) == title],
         )
         for title, colour in KINDS.items()
     ]  # fmt: skip
