@@ -138,8 +138,8 @@ def kind(recipe: Recipe) -> str:
 
 
 def label(recipe: Recipe) -> str:
-    wider = f", first layers {recipe.first}" if recipe.first else ""
-    return recipe.backend or recipe.format.removesuffix(".e5m3") + wider.removesuffix(".e5m3")
+    formats = [f.removesuffix(".e5m3") for f in (recipe.format, recipe.first) if f]
+    return recipe.backend or " + ".join(formats)
 
 
 def point(f: Found, others: list[Found]) -> picture.Point:
