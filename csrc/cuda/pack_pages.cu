@@ -28,6 +28,10 @@ __global__ __launch_bounds__(kCodecThreads) void pack_pages_kernel(__grid_consta
   encode<L>(dst, x, active, active ? to : 0, head, at.token);
 }
 
+// x, alike in a warp, as a number that compilers do not know: the addresses that depend on it are then made in the loop where
+// they are used, and not before it for all formats, in registers.
+__device__ __forceinline__ int again(int x) { return __shfl_sync(kWholeWarp, x, 0); }
+
 // Keys become kivi2. Bound by decoding them twice; the second time they come from the cache.
 template <int L>
 __global__ __launch_bounds__(kCodecThreads) void pack_kivi2_keys_kernel(__grid_constant__ const Args a) {
@@ -47,7 +51,7 @@ __global__ __launch_bounds__(kCodecThreads) void pack_kivi2_keys_kernel(__grid_c
   for (int i = 0; i < 8; ++i) lo[i] = INFINITY, hi[i] = -INFINITY;
   for (int64_t first = 0; first < src.page_size; first += rows) {
     const bool active = first + row < src.page_size;
-    decode<L>(src, active, from, head, first + row, x);
+    decode<L>(src, active, again(from), head, first + row, x);
     if (!active) continue;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -77,7 +81,7 @@ __global__ __launch_bounds__(kCodecThreads) void pack_kivi2_keys_kernel(__grid_c
   for (int i = 0; i < 8; ++i) mine[i] = affine[c + i];
   for (int64_t first = 0; first < src.page_size; first += rows) {
     const bool active = first + row < src.page_size;
-    decode<L>(src, active, from, head, first + row, x);
+    decode<L>(src, active, again(from), head, first + row, x);
     if (active) *kivi2_codes<L>(side, first + row) = pack_kivi2([&](int i) { return kivi2::code(x[i], mine[i]); });
   }
 }
