@@ -34,7 +34,7 @@ endif
 .PHONY: help demo test bench lint format wheel audit asan simt cuda gpu-check headers nvcc build test-build clean distclean env
 
 help:
-	@echo 'make demo    pack a real KV cache with every format: bytes, error, time per step against torch'
+	@echo 'make demo    pack a real KV cache with every format: bytes, error, time per step against torch; a model writes from it'
 	@echo 'make test    C++ header tests, pytest once per instruction set, wheel, README'
 	@echo 'make bench   kernels against the limits of this machine and their peers (ARGS=--help)'
 	@echo 'make lint    clang-format, ruff, mypy        make format   rewrites what lint would complain of'
@@ -76,8 +76,9 @@ build: env $(if $(filter on,$(CUDA)),nvcc)
 	@$(PY) setup.py -q build_ext --inplace
 
 # ---- what people want
-demo: env-bench build
+demo: env-bench env-model build
 	@$(PY) -m bench.demo $(ARGS)
+	@$(PY) -m bench.generate --context 4096 --threads 2 --seconds 5
 
 bench: env-bench build
 	@$(PY) -m bench $(ARGS)

@@ -3,7 +3,7 @@
     import kvkernels as kk
 
     kk.integrations.transformers.attach(model)  # once
-    model.generate(**inputs, past_key_values=kk.integrations.transformers.KVCache(format="u2"))
+    model.generate(**inputs, past_key_values=kk.integrations.transformers.KVCache(format="m31/u2.e5m3"))
 
 attach() makes the model's attention read the pages of a KVCache: steps of up to 16 tokens through quant_attention,
 longer ones, such as prompts, through torch's SDPA on their own keys and values, and on what the cache already held,
@@ -59,10 +59,10 @@ def attach(model: Model) -> Model:
 
 
 class KVCache(Cache):
-    """Keys and values of all layers, packed as they age: `past_key_values=KVCache(format="u2")`.
+    """Keys and values of all layers, packed as they age: `past_key_values=KVCache()`.
 
-    format         of the middle of every layer: a name, a pair like "u3/u2", a Format; or a list, one per layer; or a
-                   function of the layer's number. "bf16" or "f16" packs nothing where it is the 16-bit pages' own
+    format         of the middle of every layer: a name, a pair like "u3/u2", a Format (`preset`); or a list, one per
+                   layer; or a function of the layer's number. "bf16" or "f16" packs nothing where it is the 16-bit pages' own
     page_size      tokens per page
     sink_tokens, recent_tokens: first and last tokens that stay in 16 bits, as in kvkernels.KVCache
     dtype          of the 16-bit pages, bfloat16 or float16; None: the model's own, bfloat16 for float32 models
@@ -83,7 +83,7 @@ class KVCache(Cache):
 
     def __init__(
         self,
-        format: str | Format | Sequence[str | Format] | Callable[[int], str | Format] = "u2",
+        format: str | Format | Sequence[str | Format] | Callable[[int], str | Format] = "m31/u2.e5m3",
         *,
         page_size: int = 64,
         sink_tokens: int = 64,
