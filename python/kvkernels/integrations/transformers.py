@@ -62,7 +62,8 @@ class KVCache(Cache):
     """Keys and values of all layers, packed as they age: `past_key_values=KVCache()`.
 
     format         of the middle of every layer: a name, a pair like "u3/u2", a Format (`preset`); or a list, one per
-                   layer; or a function of the layer's number. "bf16" or "f16" packs nothing where it is the 16-bit pages' own
+                   layer; or a function of the layer's number. "bf16" or "f16" packs nothing where it is the 16-bit
+                   pages' own
     page_size      tokens per page
     sink_tokens, recent_tokens: first and last tokens that stay in 16 bits, as in kvkernels.KVCache
     dtype          of the 16-bit pages, bfloat16 or float16; None: the model's own, bfloat16 for float32 models
