@@ -1,7 +1,5 @@
 // Keys: a block takes 128 tokens of a KV head, several times, and a warp 16 of them at once for 16 query rows
-// (cuda/score_rows.cuh). At D = 128 these take 455 instructions of a warp for 4096 bytes of bf16, and 500 for 544 of u2
-// (counted, sm_90a): bytes bound 16-bit keys, and instructions packed ones, at 2.5 times as many tokens a second.
-// Labels: a thread takes a token.
+// (cuda/score_rows.cuh): bytes bound 16-bit keys, instructions packed ones. Labels: a thread takes a token.
 #include "kvkernels/ops/score_tokens.h"
 
 #include "cuda/key_columns.cuh"
