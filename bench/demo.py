@@ -66,8 +66,12 @@ ROWS = (
     Row("u2", "balance"),
     Row("u2"),
     Row("u2", sinks=16),
+    Row("m42/u2.e5m3", sinks=16),
+    Row("m31/u2.e5m3", sinks=16),
+    Row("m31/t1.e5m3", sinks=16),
+    Row("m31/b1.e5m3", sinks=16),
 )
-LONG_ROWS = ("bf16", "u8", "u4", "u3", "u3/u2", "kivi2", "u2")
+LONG_ROWS = ("bf16", "u8", "u4", "u3", "u3/u2", "kivi2", "u2", "m31/u2.e5m3", "m31/t1.e5m3", "m31/b1.e5m3")
 
 
 def load() -> list[Layer]:
@@ -191,7 +195,7 @@ def draw(packed: list[Packed]) -> str:
         ),
         picture.Series(
             "K and V differ", "#5f3dc4",
-            points(lambda r: "/" in r.format, lambda r: r.format),
+            points(lambda r: "/" in r.format and not r.sinks, lambda r: r.format),
         ),
         picture.Series("with 16 sink tokens in 16 bits", "#2b8a3e", points(lambda r: r.sinks > 0, lambda r: r.name)),
         picture.Series(
