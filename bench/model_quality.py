@@ -312,7 +312,7 @@ def retrieval(bench: Bench, ids: Tensor, wanted: list[Recipe]) -> Values:
     key = tokens(str(number))
     told = torch.cat([tokens("\n\nThe pass key is "), key, tokens(". Remember it.\n\n")])
     asked = tokens("\n\nWhat is the pass key? The pass key is ")
-    before = torch.cat([text[:place], told, text[place:]])
+    before = torch.cat([text[:place], told, text[place:]])[: SINKS + PASSKEY_TOKENS]
     prompt, _ = bench.model.prefill(before)
     whole = torch.cat([before, asked, key])
     for recipe in wanted:
