@@ -310,9 +310,10 @@ def retrieval(bench: Bench, ids: Tensor, wanted: list[Recipe]) -> Values:
 
     text, (number, place) = ids[:-2], ids[-2:].tolist()
     key = tokens(str(number))
-    told = torch.cat([tokens("\n\nThe pass key is "), key, tokens(". Remember it.\n\n")])
+    task = tokens("There is an important pass key hidden in the text below. Find it and remember it.\n\n")
+    told = [tokens("\n\nThe pass key is "), key, tokens(". Remember it. "), key, tokens(" is the pass key.\n\n")]
     asked = tokens("\n\nWhat is the pass key? The pass key is ")
-    before = torch.cat([text[:place], told, text[place:]])[: SINKS + PASSKEY_TOKENS]
+    before = torch.cat([task, text[:place], *told, text[place:]])[: SINKS + PASSKEY_TOKENS]
     prompt, _ = bench.model.prefill(before)
     whole = torch.cat([before, asked, key])
     for recipe in wanted:
