@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNEL = "attention_kernelILi128ELi1ELb1ELb0E"  # D 128, up to 8 query rows, packed formats
 TOKENS, CHANNELS, LANES = 16, 128, 32
 UNPACK = ("LOP3", "HFMA2", "PRMT", "SHF")
-BITS = {"u8": 8.125, "u4": 4.125, "u3": 3.125, "u2": 2.125, "kivi2": 2.75}
+BITS = {"u8": 8.125, "u4": 4.125, "u3": 3.125, "u2": 2.125, "b1": 1.125, "kivi2": 2.75}
+HALVES = "m42 m31 m21"  # one loop for their keys, with branches
 # H100 SXM: bytes per second, SMs, clock, lane instructions per clock and SM; from its data sheet
 BANDWIDTH, SMS, CLOCK, ISSUE = 3.35e12, 132, 1.755e9, 128
 SHARE = 0.85
@@ -86,8 +87,12 @@ def inner_loops(code: str) -> list[Counter[str]]:
 def named(ops: Counter[str]) -> Loop:
     """Each format unpacks 16 x 128 numbers in its own way; V's loops transpose the weights (MOVM)."""
     pairs = ops["HFMA2"]
-    if pairs >= 64:
+    if pairs == 0:
+        form = "b1"
+    elif pairs >= 64:
         form = "u8" if ops["PRMT"] >= 48 else "kivi2"
+    elif pairs >= 40:
+        form = HALVES
     else:
         form = "u3" if ops["LOP3"] >= 60 else "u4" if ops["SHF"] >= 12 else "u2"
     side = "V" if ops["MOVM"] else "K"
@@ -96,7 +101,7 @@ def named(ops: Counter[str]) -> Loop:
 
 def page(arch: str, loops: list[Loop]) -> str:
     by = {(loop.side, loop.format): loop for loop in loops}
-    if len(by) != len(loops) or set(by) != {(side, form) for side in "KV" for form in BITS}:
+    if len(by) != len(loops) or set(by) != {("K", HALVES), *((side, form) for side in "KV" for form in BITS)}:
         sys.exit(f"kvkernels: the loops of the kernel are not those of the formats any more: {loops}")
     lines = [
         "# Instructions of quant_attention per element",
@@ -104,8 +109,9 @@ def page(arch: str, loops: list[Loop]) -> str:
         "Written by `python tools/instructions.py --write bench/results/instructions.md`: "
         f"sm_{arch}, D 128, up to 8 query rows per KV",
         "head, counted in the loops over 16 tokens of one KV head. What a page costs once besides (copy, entry,",
-        "the maximum of its scores) is not in here; the second product of rotated float16 queries is, which bfloat16",
-        "ones skip. Nothing was measured on hardware.",
+        "the maximum of its scores; trits to 2-bit codes, which then take u2's loops) is not in here; the second product of",
+        f"rotated float16 queries is, which bfloat16 ones skip. Keys of two halves ({HALVES}) take a loop with branches, which",
+        "cannot be counted so. Nothing was measured on hardware.",
         "",
         "The last column is what an SM may issue per element while an H100 reads at "
         f"{SHARE:.0%} of its {BANDWIDTH / 1e12} TB/s:",
