@@ -109,7 +109,7 @@ def page(arch: str, loops: list[Loop]) -> str:
         "Written by `python tools/instructions.py --write bench/results/instructions.md`: "
         f"sm_{arch}, D 128, up to 8 query rows per KV",
         "head, counted in the loops over 16 tokens of one KV head. What a page costs once besides (copy, entry,",
-        "the maximum of its scores; trits to 2-bit codes, which then take u2's loops) is not in here; the second product",
+        "the maximum of its scores; trits to 2-bit codes, which take u2's loops) is not in here; the second product",
         f"of rotated float16 queries is, which bfloat16 ones skip. Keys of two halves ({HALVES}) take a loop with",
         "branches, which cannot be counted so. Nothing was measured on hardware.",
         "",
