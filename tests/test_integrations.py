@@ -401,6 +401,50 @@ def test_errors() -> None:
             cache.crop(3)
 
 
+@torch.no_grad()
+def test_padding_inside_a_sliding_window_is_refused() -> None:
+    """transformers counts it in the window, pages do not hold it; long steps go by the mask."""
+    model, ids = attach(make("mistral", sliding_window=20)), text(2, 58)
+    mask = torch.ones_like(ids)
+    mask[0, 32:40] = 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    for columns in (1, 17):
+        cache, theirs = KVCache(**F16), DynamicCache()
+        outs = []
+        for held in (cache, theirs):
+            model(ids[:, :40], attention_mask=mask[:, :40], position_ids=position[:, :40], past_key_values=held)
+            step = slice(40, 40 + columns)
+            new = {"attention_mask": mask[:, : 40 + columns], "position_ids": position[:, step]}
+            if columns == 1 and held is cache:
+                with pytest.raises(ValueError, match="padding must not stand inside the sliding window of 20"):
+                    model(ids[:, step], **new, past_key_values=held)
+            else:
+                outs.append(model(ids[:, step], **new, past_key_values=held).logits)
+        if len(outs) == 2:
+            assert error(outs[0], outs[1]) < 2e-3
+
+
+@torch.no_grad()
+def test_another_batch_after_all_was_taken_back() -> None:
+    model, cache = attach(make("llama")), KVCache(**F16)
+    model(text(2, 20), past_key_values=cache)
+    cache.crop(-20)
+    ids = text(3, 40)
+    assert torch.equal(forced(model, cache, ids, 30), forced(model, KVCache(**F16), ids, 30))
+
+
+@torch.no_grad()
+def test_too_few_keys_to_calibrate() -> None:
+    """Says so, and the next text calibrates."""
+    model, cache = attach(make("llama")), KVCache("m31/u2", **SMALL)
+    with pytest.warns(UserWarning, match="too few to calibrate"):
+        model(text(1, 70), past_key_values=cache)
+    assert cache.transforms == [None, None]
+    cache.reset()
+    model(text(1, 300), past_key_values=cache)
+    assert all(t is not None for t in cache.transforms)
+
+
 def test_a_broken_forward_pass() -> None:
     model, ids, cache = attach(make("llama")), text(2, 30), KVCache(**F16)
     with torch.no_grad():

@@ -39,7 +39,7 @@ def tier_tokens(
                   the last queries of the prompt, score_tokens(..., reduce="softmax_sum").sum(1); Inf for sinks
     budgets       tokens for each pool but the last, the most important first; the last pool takes the rest
     page_size     of the cache
-    seq_lens      int32 [B]; None: all T. Tokens past the end have no pool
+    seq_lens      int32 [B], at most T; None: all T. Tokens past the end have no pool
     recent_tokens the newest ones, whose scores are taken for Inf; no more than budgets[0]
 
     Returns int32 [B, T], -1 past the end. Pools but the first get whole pages: budgets are rounded up to pages, as far
@@ -62,7 +62,7 @@ def tier_tokens(
     if seq_lens is None:
         lens = torch.full((B, 1), T, device=scores.device)
     elif seq_lens.shape == (B,):
-        lens = seq_lens.long().unsqueeze(1)
+        lens = seq_lens.long().clamp(0, T).unsqueeze(1)
     else:
         raise ValueError(f"tier_tokens: seq_lens must be [B] = [{B}], from scores; got {list(seq_lens.shape)}")
     token = torch.arange(T, device=scores.device).expand(B, T)
@@ -119,7 +119,11 @@ def lay_tokens(
     if (tiers >= len(pages)).any():
         raise ValueError(f"lay_tokens: tiers name pool {int(tiers.max())}, but there are {len(pages)}")
 
-    free = [iter(own.tolist() if isinstance(own, Tensor) else own) for own in pages]
+    given = [own.tolist() if isinstance(own, Tensor) else list(own) for own in pages]
+    for pool, own in enumerate(given):
+        if len(set(own)) < len(own):
+            raise ValueError(f"lay_tokens: pages of pool {pool} name a page twice; got {own}")
+    free = [iter(own) for own in given]
     rows: list[list[int]] = []
     for b, own in enumerate(counts):
         row = []

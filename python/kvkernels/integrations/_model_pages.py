@@ -1,5 +1,6 @@
 """The pages of all layers of a model: every layer has seen the same tokens, so one step is planned once for all."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,8 @@ class Layer:
 
     def __init__(self, index: int, format: Format, transform: KVTransform | None, calibrate: bool):
         self.index, self.format, self.transform = index, format, transform
-        self.calibrated = transform is not None or not calibrate or not format.rotated_k
+        self.calibrate = calibrate and format.rotated_k
+        self.calibrated = transform is not None or not self.calibrate
         self.columns = 0
         self.pages: LayerPages | None = None
         self.group: Group
@@ -55,6 +57,7 @@ class Layer:
     def reset(self) -> None:
         """All but the transform: calibrated once, it is a constant of the layer."""
         self.columns, self.pages, self.square, self.num_queries = 0, None, None, 0
+        self.calibrated = self.transform is not None or not self.calibrate
 
 
 class ModelPages:
@@ -230,6 +233,12 @@ class ModelPages:
                 typical = None if layer.square is None else layer.square.sqrt()[None]
                 layer.transform = calibrate_keys(keys, typical, skip=0)
             pages.kv = pages.kv._replace(transform=layer.transform)
+        else:
+            warnings.warn(
+                f"KVCache: keys of layer {layer.index} are packed after {len(keys)} tokens, too few to calibrate them "
+                f"(at least {MIN_CALIBRATION}, without {SINKS} sinks); pass transforms, or more recent_tokens",
+                stacklevel=2,
+            )
 
     def fork(self, src: Sequence[int]) -> None:
         """Sequence i becomes what sequence src[i] is. No page is copied."""
@@ -259,6 +268,8 @@ class ModelPages:
             self.tokens = self.tokens[:, : self.columns]
         for layer in self.layers.values():
             layer.columns = self.columns
+        if not self.columns:  # another batch may follow
+            self.reset()
 
     def _check_between_steps(self) -> None:
         behind = [x.index for x in self.layers.values() if x.columns != self.columns]

@@ -79,7 +79,8 @@ class KVCache(Cache):
     softcapped scores, attention sinks, reset(). Packed formats need head dims of 64, 128 or 256; the ValueError for
     others comes with the first keys.
 
-    Not differentiable: ValueError with gradients on. ValueError: masks that hide stored tokens from short steps.
+    Not differentiable: ValueError with gradients on. ValueError: masks that hide stored tokens from short steps;
+    padding inside a sliding window. UserWarning: keys that are packed before there are enough to calibrate them.
     """
 
     def __init__(
@@ -351,8 +352,8 @@ def _attend(
         return _sdpa(heads, query, *new.all, mask, 0.0, scaling, softcap, s_aux, {})[0]
     group, layer_pages = new.layer.group, new.layer.pages
     assert layer_pages is not None
-    if mask is not None and window is None and not group.checked:
-        _check_mask(mask, group.step, group.paging.seq_lens)
+    if mask is not None and not group.checked:
+        _check_mask(mask, group.step, group.paging.seq_lens, window)
         group.checked = True
     q = query.transpose(1, 2)
     if q.is_cuda and q.dtype == torch.float32:  # whose kernels take 16-bit queries
@@ -376,15 +377,19 @@ def _tokens(mask: Tensor, k: Tensor, columns: int) -> Tensor:
     return mask[:, 0].diagonal(columns, 1, 2).expand(batch, T)
 
 
-def _check_mask(mask: Tensor, step: Step, seq_lens: Tensor) -> None:
-    """Every query of a short step must see all stored tokens up to itself: attention on pages looks at no mask."""
+def _check_mask(mask: Tensor, step: Step, seq_lens: Tensor, window: int | None) -> None:
+    """Every query of a short step must see all stored tokens up to itself, or as many as the window has: attention on
+    pages looks at no mask. Padding inside a window takes room in transformers' masks, and none in pages."""
     tokens = mask.new_ones(len(step.counts), step.columns) if step.tokens is None else step.tokens
     before = seq_lens - seq_lens.new_tensor(step.counts)
     expected = before[:, None] + tokens.cumsum(1)
+    if window is not None:
+        expected = expected.clamp(max=window)
     if bool(((mask[:, 0].sum(-1) != expected) & tokens).any()):
         raise ValueError(
             f"KVCache: attention_mask hides stored tokens, or shows later ones, in a step of {step.columns} tokens; "
             f"up to {MAX_QUERIES} tokens, it must be causal and show all"
+            + ("" if window is None else f", and padding must not stand inside the sliding window of {window}")
         )
 
 
