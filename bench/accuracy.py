@@ -28,6 +28,7 @@ from bench.model_quality import (
     GENERATED,
     GREEDY,
     PASSKEY,
+    PASSKEY_TOKENS,
     PASSKEYS,
     PERPLEXITY,
     PREFILL,
@@ -110,6 +111,10 @@ Keys are calibrated on {CALIBRATION_CHUNKS} chunks of a dictionary of slang unle
 scales, masks and padding; *in all* also the sinks, at {CONTEXT} tokens; *D 128* is of pages of heads of that dim. Pages
 hold 64 tokens. transformers' caches have groups of 64 and a 16-bit window of {BLOCK} of their own; to be kind, they too
 got sinks in 16 bits.
+
+*Same of {GENERATED} tokens*: 16 bits write that many after the same prompts, token by token; counted is how many of
+them are also the likeliest for the other cache after the same tokens, read in blocks. *Pass keys*: numbers of five
+digits told once in a novel of {PASSKEY_TOKENS} tokens, at different places, and asked for at its end.
 
 ![increase of perplexity over bits]({PICTURE.name})"""
 

@@ -27,11 +27,12 @@ from bench.recipes import SIMULATED
 SINKS, PREFILL, FORCED, BLOCK = 4, 1024, 1024, 128
 CHUNK = SINKS + PREFILL + FORCED + 1  # the last token is only predicted
 CHUNKS_PER_TEXT = 12
+SPREAD = [5 * i % 12 for i in range(12)]  # an order of 12 in which neighbours are far apart
 CALIBRATION_CHUNKS = 4
 GENERATED = 256
 PASSKEY_TOKENS, PASSKEYS = 4096, 12
 CONTEXT = 2048  # at which bits in all are given
-SLOW_ITEMS = 3  # of HQQ's cache, which takes minutes for one
+FEW_ITEMS = 3  # what a row needs to be shown, and all that HQQ's cache gets: it takes minutes for one
 
 
 class Recipe(NamedTuple):
@@ -153,9 +154,8 @@ class Bench:
 
     def chunks(self, count: int) -> list[tuple[str, Tensor]]:
         """Names and token ids. The texts take turns, and neighbours in a text are far apart in the list."""
-        order = [5 * i % CHUNKS_PER_TEXT for i in range(CHUNKS_PER_TEXT)]
         texts = [corpus.chunks(self.tokenizer, source, CHUNKS_PER_TEXT, CHUNK) for source in corpus.SOURCES]
-        named = [(f"{s.name} {i}", text[i]) for i in order for s, text in zip(corpus.SOURCES, texts, strict=True)]
+        named = [(f"{s.name} {i}", text[i]) for i in SPREAD for s, text in zip(corpus.SOURCES, texts, strict=True)]
         return named[:count]
 
     def transforms(self, recipe: Recipe, prompt: list[Rows]) -> Transforms:
@@ -251,7 +251,7 @@ class Bench:
         done = {r: store.setdefault(f"{what.name} | {r.title} | {self.fingerprint(r)}", {}) for r in wanted}
         items = what.items(self, count)
         for i, (name, ids) in enumerate(items):
-            missing = [r for r in wanted if name not in done[r] and (r.backend != "hqq" or i < SLOW_ITEMS)]
+            missing = [r for r in wanted if name not in done[r] and (r.backend != "hqq" or i < FEW_ITEMS)]
             if not missing or not new:
                 continue
             for recipe, value in what.run(self, ids, missing):
@@ -264,7 +264,7 @@ class Bench:
         found = []
         for recipe in wanted:
             names = [name for name, _ in items if name in done[recipe]]
-            if not names:
+            if len(names) < min(count, FEW_ITEMS) or not names:
                 continue
             values, base = ([done[r][name] for name in names] for r in (recipe, wanted[0]))
             wider = None if recipe.backend else statistics.fmean(self.side_bits(recipe, 128))
@@ -331,7 +331,7 @@ def passkeys(bench: Bench, count: int) -> Items:
         (f"at {place}", torch.cat([text, torch.tensor([int(number), place])]))
         for text, number, place in zip(texts, numbers, places, strict=True)
     ]
-    return items[:count]
+    return [items[i] for i in SPREAD][:count]
 
 
 class Measurement(NamedTuple):
