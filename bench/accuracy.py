@@ -114,7 +114,7 @@ got sinks in 16 bits.
 
 *Same of {GENERATED} tokens*: 16 bits write that many after the same prompts, token by token; counted is how many of
 them are also the likeliest for the other cache after the same tokens, read in blocks. *Pass keys*: numbers of five
-digits told once in a novel of {PASSKEY_TOKENS} tokens, at different places, and asked for at its end.
+digits told in a novel of {PASSKEY_TOKENS} tokens, at different places, and asked for at its end.
 
 ![increase of perplexity over bits]({PICTURE.name})"""
 
