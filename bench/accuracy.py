@@ -32,6 +32,7 @@ from bench.model_quality import (
     PASSKEYS,
     PERPLEXITY,
     PREFILL,
+    SHORT_TEXT,
     SINKS,
     Bench,
     Found,
@@ -129,29 +130,33 @@ KINDS = {
 
 
 def kind(recipe: Recipe) -> str:
-    """Of KINDS, or empty: not in the picture."""
+    """Of KINDS, or empty: not in the picture, which has room for some of ours."""
     ours, plain, kivi, simulated, theirs = KINDS
-    if recipe == BASE or recipe.read or recipe.calibrated == "prompt":
-        return ""
     if recipe.backend:
         return theirs
     if recipe.format in SIMULATED:
         return simulated
     if recipe.format == "kivi2":
         return kivi
+    if recipe.read or recipe.calibrated == "prompt" or recipe.format not in SHORT_TEXT:
+        return ""
     return ours if recipe.calibrated else plain
 
 
 def label(recipe: Recipe) -> str:
+    """What is not calibrated stands above the same format calibrated, which is named."""
+    if kind(recipe) == "ours, not calibrated":
+        return ""
     formats = [f.removesuffix(".e5m3") for f in (recipe.format, recipe.first) if f]
     return recipe.backend or " + ".join(formats)
 
 
 def point(f: Found, others: list[Found]) -> picture.Point:
     """Its label stands to the left where another point is in the way on the right, and none on the left."""
-    near = [g.bits[2] / f.bits[2] for g in others if abs(g.worse - f.worse) < TOP / 20]
+    near = [g.bits[2] / f.bits[2] for g in others if abs(g.worse - f.worse) < TOP / 30]
     right, left = (any(1 < ratio < 1.13 for ratio in side) for side in (near, [1 / ratio for ratio in near]))
-    return picture.Point(f.bits[2], f.worse, label(f.recipe), not right or left)
+    under = any(g.bits[2] == f.bits[2] and 0 < g.worse - f.worse < TOP / 40 for g in others)
+    return picture.Point(f.bits[2], f.worse, label(f.recipe), not under and (left or not right))
 
 
 def draw(found: list[Found], name: str) -> str:
