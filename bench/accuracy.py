@@ -107,7 +107,7 @@ at commit {report.commit()} on {build.cpu_name()}, ISA {kk.info()["isa"]}, torch
 Perplexity on novels, an FAQ and a handbook. {SINKS + PREFILL} tokens of a chunk are prefilled in 16 bits and packed,
 {FORCED} more teacher-forced in blocks of {BLOCK}: the newest block and the first {SINKS} tokens are in 16 bits,
 everything between is read from the cache. Model and queries bf16. Ours went through `pack_pages` and `quant_attention`,
-but for the row that says otherwise. *Over 16 bits* compares chunk by chunk; *+-* is the standard error of that mean.
+but for rows that say otherwise. *Over 16 bits* compares chunk by chunk; *+-* is the standard error of that mean.
 Keys are calibrated on {CALIBRATION_CHUNKS} chunks of a dictionary of slang unless it says otherwise. Bits count codes,
 scales, masks and padding; *in all* also the sinks, at {CONTEXT} tokens; *D 128* is of pages of heads of that dim. Pages
 hold 64 tokens. transformers' caches have groups of 64 and a 16-bit window of {BLOCK} of their own; to be kind, they too

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kvkernels as kk
+from bench.recipes import Rope
 from kvkernels.paged_kv import PAGE_BITS, PAGE_MASK
 
 QUERIES = 16  # the most that quant_attention takes of a sequence
@@ -42,6 +43,12 @@ class Rows:
     def copy(self) -> Rows:
         other = Rows()
         other.q, other.k, other.v = self.q, self.k, self.v
+        return other
+
+    def turned_back(self, rope: Rope) -> Rows:
+        """Queries and keys as they were before RoPE; the first token stands at position 0."""
+        other = self.copy()
+        other.q, other.k = (rope(x.float(), 0, True) for x in (self.q, self.k))
         return other
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -118,12 +125,22 @@ class Pages:
 
 
 class PagesRead(Pages):
-    """The same pages, decoded by read_kv for torch's attention in 16 bits: a second way to the same numbers."""
+    """The same pages, decoded by read_kv for torch's attention in 16 bits: a second way to the same numbers.
+
+    With `rope`, pages hold the keys as they are before it, and it is applied to what was read.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, *args: Any, rope: Rope | None = None) -> None:
+        self.rope = rope
+        super().__init__(k if rope is None else rope(k.float(), 0, True), v, *args)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.rope:
+            k = self.rope(k.float(), int(self.sinks.seq_lens + self.rest.seq_lens), True)
         self.rest.append(k[None], v[None])
         rows = (self._read(self.sinks), self._read(self.rest))
-        return causal(q, *(torch.cat(side).to(q.dtype) for side in zip(*rows, strict=True)))
+        k, v = (torch.cat(side) for side in zip(*rows, strict=True))
+        return causal(q, (self.rope(k, 0, False) if self.rope else k).to(q.dtype), v.to(q.dtype))
 
     def _read(self, cache: kk.KVCache) -> tuple[Tensor, Tensor]:
         length = int(cache.seq_lens)

@@ -42,6 +42,7 @@ class Recipe(NamedTuple):
     calibrated: str = ""  # the basis of the keys: "text", on another text; "prompt", on the chunk's own first tokens
     page_size: int = 64
     read: bool = False  # through read_kv and torch's attention
+    before_rope: bool = False  # keys are stored so, and RoPE applied to what was read
     backend: str = ""  # of transformers' QuantizedCache; format is then bits and axis
     first: str = ""  # the format of the first quarter of the layers, if another
 
@@ -58,6 +59,7 @@ class Recipe(NamedTuple):
             notes = f", pages of {self.page_size}" if kk.format(self.format).whole_pages else ""
         if self.first:
             notes = f", {self.first} in the first quarter of the layers{notes}"
+        notes += ", before RoPE" if self.before_rope else ""
         return self.format + notes + (", read_kv and torch" if self.read else "")
 
     def of_layer(self, layer: int, layers: int) -> Recipe:
@@ -92,6 +94,7 @@ def recipes() -> list[Recipe]:
         *(Recipe(name, "prompt") for name in ("u2", "m31/u2.e5m3", "m31/t1.e5m3")),
         *(Recipe(name) for name in ("u4", "u3/u2", "u2", "m31/u2.e5m3")),
         Recipe("u2", "text", read=True),
+        *(Recipe(name, "text", read=True, before_rope=True) for name in ("u2", "m31/u2.e5m3", "m31/t1.e5m3")),
         *(Recipe(f"{bits} bits, axis {axis}", backend="quanto") for bits in (4, 2) for axis in (0, -1)
           if "quanto" in installed),
         *(Recipe(f"{bits} bits, axis 1", backend="hqq") for bits in (4, 2) if "hqq" in installed),
@@ -150,7 +153,7 @@ class Bench:
     def __init__(self, folder: str | None) -> None:
         model, self.tokenizer = real_model.load(folder)
         self.model = Model(model)
-        self._text: Transforms = ()
+        self._text: dict[bool, Transforms] = {}  # whether before RoPE
 
     def chunks(self, count: int) -> list[tuple[str, Tensor]]:
         """Names and token ids. The texts take turns, and neighbours in a text are far apart in the list."""
@@ -162,10 +165,13 @@ class Bench:
         if recipe.calibrated == "prompt":
             return calibrate([prompt])
         if recipe.calibrated == "text":
-            if not self._text:
+            if recipe.before_rope not in self._text:
                 texts = corpus.chunks(self.tokenizer, corpus.CALIBRATION, CALIBRATION_CHUNKS, CHUNK)
-                self._text = calibrate([self.model.prefill(ids)[0] for ids in texts])
-            return self._text
+                rows = [self.model.prefill(ids)[0] for ids in texts]
+                if recipe.before_rope:
+                    rows = [[layer.turned_back(self.model.rope) for layer in text] for text in rows]
+                self._text[recipe.before_rope] = calibrate(rows)
+            return self._text[recipe.before_rope]
         return [None] * len(prompt)
 
     def caches(self, recipe: Recipe, prompt: list[Rows], max_tokens: int) -> list[Cache]:
@@ -188,8 +194,10 @@ class Bench:
             sides = SIMULATED[recipe.format]
             keys, values = (side.make(self.model.kv_heads, recipe.page_size, self.model.rope) for side in sides)
             return Recoded(rows.k, rows.v, lambda k, v, position: (keys(k, position), values(v, position)), *sizes)
-        kind = PagesRead if recipe.read else Pages
-        return kind(rows.k, rows.v, recipe.format, *sizes, transform)
+        if not recipe.read:
+            return Pages(rows.k, rows.v, recipe.format, *sizes, transform)
+        rope = self.model.rope if recipe.before_rope else None
+        return PagesRead(rows.k, rows.v, recipe.format, *sizes, transform, rope=rope)
 
     def forced(self, recipe: Recipe, ids: Tensor, prompt: list[Rows], begin: int) -> Tensor:
         """Logits [N, vocabulary] of ids[begin:], when `prompt` holds the tokens before."""

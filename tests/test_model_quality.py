@@ -49,6 +49,24 @@ def test_two_ways_to_read_pages(fmt: str) -> None:
 
 
 @pytest.mark.once
+def test_keys_before_rope_are_rotated_where_they_stand() -> None:
+    def rope(x: Tensor, start: int, inverse: bool) -> Tensor:
+        angle = (
+            (-1 if inverse else 1) * torch.arange(start, start + len(x))[:, None, None] / torch.arange(1, DIM // 2 + 1)
+        )
+        a, b = x.float().chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    def both(fmt: str) -> tuple[Tensor, Tensor]:
+        sizes = fmt, PAGE, SINKS, RECENT, PROMPT + sum(BLOCKS)
+        return outputs(PagesRead(*prompt(), *sizes)), outputs(PagesRead(*prompt(), *sizes, rope=rope))
+
+    close(*both("bf16"), 4)  # keys are rounded to bf16 before RoPE, not after it
+    after, before = both("u2")
+    assert (after - before).abs().max() > 0.02  # other numbers were packed
+
+
+@pytest.mark.once
 def test_recoding_by_definition_is_the_format() -> None:
     keys, values = (defined(side, "u2").make(HEADS, PAGE, lambda x, start, inverse: x) for side in "kv")
     recoded = Recoded(*prompt(), lambda k, v, at: (keys(k, at), values(v, at)), PAGE, SINKS, RECENT, PROMPT + 72)

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
+import kvkernels as kk
 from bench import peers
 from bench.pages import HKV, HQ, PAGE, D, attend, paged
 from bench.race import Contestant, Race
@@ -17,6 +19,16 @@ SHAPES = ((1, 8192), (1, 32768), (8, 8192), (8, 32768))
 QUICK_SHAPES = ((1, 2048),)
 BOTH = {"sdpa": peers.sdpa, "matmul": peers.matmul}
 PEERS = {torch.bfloat16: {**BOTH, "sdpa grouped": peers.sdpa_grouped}, torch.float32: BOTH}
+
+
+def rope_on_read(q: Tensor, kv: kk.PagedKV, table: Tensor, lens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pages hold one sequence's keys as they are before RoPE; it is applied to what read_kv gives."""
+    slots = (table[0].long()[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    k, v = kk.read_kv(kv, 0, slots, torch.bfloat16)
+    a, b = k.chunk(2, -1)
+    k = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    k, v = (x.view(-1, PAGE, HKV, D) for x in (k, v))
+    return kk.flash_decode(q, k, v, torch.arange(len(k), dtype=torch.int32)[None], lens)
 
 
 def races(threads: int, quick: bool) -> Iterator[Race]:
@@ -40,6 +52,11 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
                     rate="bf16" if name == "bf16" else "int8",
                 )
             )
+            if name == "m31/u2" and batch == 1:
+                angle = torch.arange(length)[:, None, None] * 1e4 ** -torch.arange(0, 1, 2 / D)
+                cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+                rotated = partial(rope_on_read, q, kv, table, lens, cos, sin)
+                contestants.append(Contestant(f"{name}, RoPE on read", rotated, reads, flops, rate="int8"))
         against = ["bf16"]
         flat = [x.transpose(0, 1).expand(batch, -1, -1, -1).contiguous() for x in (k, v)]
         del k, v
