@@ -41,7 +41,7 @@ help:
 	@echo 'make wheel   dist/*.whl                      make audit    what the wheel needs from a machine'
 	@echo 'make asan    tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make simt    the CUDA kernels on this CPU, three ways: no GPU, no toolkit needed'
-	@echo 'make cuda    compiles the CUDA kernels for two architectures; registers and spills against the budget'
+	@echo 'make cuda    compiles the CUDA kernels for two architectures (ARCHS=80-real: one); registers and spills against the budget'
 	@echo 'make gpu-check  on a machine with a GPU: tests, sanitizer, bench'
 	@echo 'make clean   removes what was built          make distclean  and .venv'
 
@@ -141,7 +141,7 @@ simt: env-test env-simt headers
 BUDGET = bench/results/ptxas.md
 cuda: env-test nvcc
 	@eval "$$($(PY) tools/cuda_toolkit.py environment)" && \
-	cmake --preset cuda $(CMAKE_HERE) && cmake --build --preset cuda
+	cmake --preset cuda $(CMAKE_HERE) $(if $(ARCHS),-DCMAKE_CUDA_ARCHITECTURES='$(ARCHS)') && cmake --build --preset cuda
 	@$(PY) tools/ptxas_table.py build/cuda $(or $(ARGS),--check) $(BUDGET)
 	@KVKERNELS_LIBRARY=$(CURDIR)/build/cuda/libkvkernels.so KVKERNELS_BUILD_DIR=$(CURDIR)/build/cuda \
 	$(PY) -m pytest -q tests/test_layers.py tests/test_errors.py -k "not symbols_of_an_isa"
