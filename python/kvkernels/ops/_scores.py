@@ -14,6 +14,8 @@ from kvkernels.summaries import PageSummaries, record_bytes
 
 REDUCES = ("max", "sum", "softmax_max", "softmax_sum")  # Reduce
 
+_score_tokens = torch.ops.kvkernels.score_tokens.default
+
 
 def prepare(op: str, q: Tensor, reduce: str, scale: float | None, heads: int, n: int, out: Tensor | None,
             ) -> tuple[float, int, Tensor]:  # fmt: skip
@@ -27,6 +29,34 @@ def prepare(op: str, q: Tensor, reduce: str, scale: float | None, heads: int, n:
     if out is None:
         out = torch.empty((q.shape[0], heads, n), dtype=torch.float32, device=q.device)
     return q.shape[-1] ** -0.5 if scale is None else scale, REDUCES.index(reduce), out
+
+
+def of_tokens(op: str, q: Tensor, source: PageSummaries | PagedKV, page_table: Tensor, seq_lens: Tensor, reduce: str,
+              scale: float | None, out: Tensor | None) -> Tensor:  # fmt: skip
+    """The score of every token, or for score_pages of the best in each page."""
+    best = op == "score_pages"
+    page_size = source.page_size
+    if isinstance(source, PageSummaries):
+        if source.channels is None:
+            raise ValueError(
+                f"{op}: source must be a PagedKV, PageSummaries of kind channels or of segments; got kind {source.kind}"
+            )
+        codes: list[int] = []
+        tensors, bits, channels = list(source.records), source.bits, source.channels
+        centre, balance, order = _args.NO_TRANSFORM
+    else:
+        tensors, codes = _args.all_pools(op, source)
+        bits, channels = 16, None
+        centre, balance, order = _args.NO_TRANSFORM if source.transform is None else source.transform
+    width = page_table.shape[-1] * (1 if best else page_size)
+    heads = tensors[0].shape[1] if tensors else 1
+    scale, number, out = prepare(op, q, reduce, scale, heads, width, out)
+    try:
+        _score_tokens(q, tensors, codes, page_size, centre, balance, order, channels, bits, page_table, seq_lens, scale,
+                      number, best, out)  # fmt: skip
+    except RuntimeError as e:
+        raise _args.refused(op, e) from None
+    return out
 
 
 def reference(q: Tensor, rows: Callable[[int, Tensor], Tensor], heads: int, n: int, reduce: str, scale: float | None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.formats import formats
-from kvkernels.ops import _args, _attention, _reference, _scores, page_summaries, score_tokens
+from kvkernels.ops import _args, _attention, _reference, _scores, page_summaries
 from kvkernels.paged_kv import PagedKV
 from kvkernels.summaries import KINDS, PageSummaries, decode
 
@@ -52,7 +52,7 @@ def score_pages(
     over the heads of a group); Yang et al. 2024, arXiv:2410.05076 (TidalDecode: exact scores in selection layers).
     """
     if isinstance(source, PagedKV):
-        return score_tokens.run("score_pages", q, source, page_table, seq_lens, reduce, scale, out)
+        return _scores.of_tokens("score_pages", q, source, page_table, seq_lens, reduce, scale, out)
     if not isinstance(source, PageSummaries):
         _args.no_tensor("score_pages", "source", source, "PageSummaries or a PagedKV")
     records, segments = list(source.records), source.segments

@@ -15,8 +15,6 @@ from kvkernels.summaries import PageSummaries, decode
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = tuple(f.name for f in formats())
 
-_op = torch.ops.kvkernels.score_tokens.default
-
 
 def score_tokens(
     q: Tensor,
@@ -65,35 +63,7 @@ def score_tokens(
         return out.copy_(spread)
     if not isinstance(source, (PageSummaries, PagedKV)):
         _args.no_tensor("score_tokens", "source", source, "PageSummaries or a PagedKV")
-    return run("score_tokens", q, source, page_table, seq_lens, reduce, scale, out)
-
-
-def run(op: str, q: Tensor, source: PageSummaries | PagedKV, page_table: Tensor, seq_lens: Tensor, reduce: str,
-        scale: float | None, out: Tensor | None) -> Tensor:  # fmt: skip
-    """Of every token, or for score_pages of the best in each page."""
-    best = op == "score_pages"
-    page_size = source.page_size
-    if isinstance(source, PageSummaries):
-        if source.channels is None:
-            raise ValueError(
-                f"{op}: source must be a PagedKV, PageSummaries of kind channels or of segments; got kind {source.kind}"
-            )
-        codes: list[int] = []
-        tensors, bits, channels = list(source.records), source.bits, source.channels
-        centre, balance, order = _args.NO_TRANSFORM
-    else:
-        tensors, codes = _args.all_pools(op, source)
-        bits, channels = 16, None
-        centre, balance, order = _args.NO_TRANSFORM if source.transform is None else source.transform
-    width = page_table.shape[-1] * (1 if best else page_size)
-    heads = tensors[0].shape[1] if tensors else 1
-    scale, number, out = _scores.prepare(op, q, reduce, scale, heads, width, out)
-    try:
-        _op(q, tensors, codes, page_size, centre, balance, order, channels, bits, page_table, seq_lens, scale, number,
-            best, out)  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused(op, e) from None
-    return out
+    return _scores.of_tokens("score_tokens", q, source, page_table, seq_lens, reduce, scale, out)
 
 
 def spread_over_tokens(scores: Tensor, segments: Tensor, n: int) -> Tensor:
