@@ -26,7 +26,7 @@ from bench.ops import delta_rule, flash_decode, prefix_attention, sparse_attenti
 from bench.pages import HKV, HQ, PAGE, D, attend, data, paged
 from kvkernels.ops import OPS
 
-FORMATS = ("bf16", "u8", "u4", "u3", "u2", "t1", "b1", "m31/u2", "kivi2")
+FORMATS = ("bf16", "u8", "u4", "u3", "u2", "t1", "b1", "m31/u2.e5m3", "m42/u2.e5m3", "kivi2")
 
 
 class Row(NamedTuple):

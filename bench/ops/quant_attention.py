@@ -14,7 +14,8 @@ from bench.pages import HKV, HQ, PAGE, D, attend, paged
 from bench.race import Contestant, Race
 from kvkernels.ops.quant_attention import cost
 
-FORMATS = ("bf16", "u8", "u4", "u3", "u2", "t1", "b1", "m31/u2", "m42/b1.e5m3", "kivi2")
+PRESETS = ("m42/u2.e5m3", "m42/t1.e5m3", "m31/u2.e5m3", "m31/t1.e5m3", "m31/b1.e5m3")
+FORMATS = ("bf16", "u8", "u4", "u3", "u2", "t1", "b1", *PRESETS, "kivi2")
 SHAPES = ((1, 8192), (1, 32768), (8, 8192), (8, 32768))
 QUICK_SHAPES = ((1, 2048),)
 BOTH = {"sdpa": peers.sdpa, "matmul": peers.matmul}
@@ -52,7 +53,7 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
                     rate="bf16" if name == "bf16" else "int8",
                 )
             )
-            if name == "m31/u2" and batch == 1:
+            if name == "m31/u2.e5m3" and batch == 1:
                 angle = torch.arange(length)[:, None, None] * 1e4 ** -torch.arange(0, 1, 2 / D)
                 cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
                 rotated = partial(rope_on_read, q, kv, table, lens, cos, sin)

@@ -12,7 +12,7 @@ import kvkernels as kk
 from bench.pages import HKV, PAGE, D
 from bench.race import Contestant, Race
 
-FORMATS = ("bf16", "u8", "u4", "u3", "u2", "t1", "b1", "m31/u2")
+FORMATS = ("bf16", "u8", "u4", "u3", "u2", "t1", "b1", "m31/u2.e5m3")
 
 
 def races(threads: int, quick: bool) -> Iterator[Race]:
