@@ -56,6 +56,7 @@ def of_tokens(op: str, q: Tensor, source: PageSummaries | PagedKV, page_table: T
                       number, best, out)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused(op, e) from None
+    _args.written(out)
     return out
 
 

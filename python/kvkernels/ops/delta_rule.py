@@ -48,8 +48,8 @@ def delta_rule(
 
     q, k           [B, T, H, K] float32, float16 or bfloat16; K and V at most 256
     v              [B, T, HV, V], same dtype; HV a multiple of H
-    beta           [B, T, HV], or None for 1
-    g              [B, T, HV] or [B, T, HV, K]: natural log of the decay, -inf included. None: nothing is forgotten
+    beta           [B, T, HV], or None for 1. Comes before g; fla and the models of transformers pass g before beta
+    g              [B, T, HV] or [B, T, HV, K]: natural log of the decay, <= 0, -inf included. None: no decay
     erase, write   [B, T, HV, K] and [B, T, HV, V], or None for 1
     scale          of q; None: 1 / sqrt(K)
     initial_state  float32 [N, HV, K, V] contiguous; None: zeros. N sequences

@@ -38,7 +38,9 @@ def delta_rule_step(
     """delta_rule for the next token of each of B sequences, or the next T; states are changed in place.
 
     q, k           [B, H, K], or [B, T, H, K]: T tokens, one after the other. As delta_rule takes them
-    v              [B, HV, V] or [B, T, HV, V]; beta, g, erase, write likewise: see delta_rule
+    v              [B, HV, V] or [B, T, HV, V]; beta, g, erase, write likewise: see delta_rule. beta comes before g; fla
+                   and the models of transformers pass g before beta. g is the natural log of the decay, <= 0, unless
+                   `gate` makes one of it
     state          float32 or bfloat16 [num_slots, HV, K, V], contiguous within a slot: the pool
     slots          int32 [B]: where the state of a sequence is read. -1: a padding row, whose o is 0 and which reads and
                    writes no state
@@ -79,6 +81,7 @@ def delta_rule_step(
             qk_l2norm, rule, out)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("delta_rule_step", e) from None
+    _args.written(state, out)
     return out
 
 

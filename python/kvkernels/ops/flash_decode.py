@@ -147,6 +147,7 @@ def flash_decode(
                           sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
     if extra is not None and torch.is_grad_enabled():
         _args.refuse_grad("flash_decode", **_args.parts(extra, None))
+    given = out
     if out is None:
         D, Dv = MLA
         wide = q.shape[-1] == D
@@ -160,6 +161,8 @@ def flash_decode(
             plan, out, lse)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("flash_decode", e) from None
+    if given is not None:
+        _args.written(given)
     return out if lse is None else (out, lse)
 
 

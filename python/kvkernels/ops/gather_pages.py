@@ -47,6 +47,7 @@ def gather_pages(offloaded: Offloaded, page_table: Tensor, pages: Tensor) -> Ten
         _op(host, cache, page_table, pool, pages, slot_of, page_of, hand, entries)
     except RuntimeError as e:
         raise _args.refused("gather_pages", e) from None
+    _args.written(cache, slot_of, page_of, hand)
     return entries
 
 

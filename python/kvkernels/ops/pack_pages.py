@@ -38,6 +38,7 @@ def pack_pages(kv: PagedKV, src: int, dst: int, pairs: Tensor) -> None:
             centre, balance, order)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("pack_pages", e) from None
+    _args.written(dst_first, dst_second)
 
 
 @torch.library.register_fake("kvkernels::pack_pages")

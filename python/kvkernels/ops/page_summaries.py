@@ -91,6 +91,7 @@ def page_summaries(
             bits, channels, segments, start, list(out.records))  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("page_summaries", e) from None
+    _args.written(*out.records)
     return out
 
 

@@ -139,6 +139,7 @@ def quant_attention(
         _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out)
     if extra is not None and torch.is_grad_enabled():
         _args.refuse_grad("quant_attention", **_args.parts(extra, None))
+    given = out
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
@@ -151,6 +152,8 @@ def quant_attention(
             plan, out, lse)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("quant_attention", e) from None
+    if given is not None:
+        _args.written(given)
     return out if lse is None else (out, lse)
 
 

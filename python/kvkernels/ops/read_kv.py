@@ -50,6 +50,7 @@ def read_kv(
         _op(first, second, code, kv.page_size, head_dim, slots, centre, balance, order, k, v)
     except RuntimeError as e:
         raise _args.refused("read_kv", e) from None
+    _args.written(k, v)
     return k, v
 
 

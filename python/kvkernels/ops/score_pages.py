@@ -64,6 +64,7 @@ def score_pages(
             number, out)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("score_pages", e) from None
+    _args.written(out)
     return out
 
 

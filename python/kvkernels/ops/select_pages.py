@@ -54,6 +54,7 @@ def select_pages(
         _op(scores, seq_lens, k, page_size, sink_pages, recent_pages, row_k, False, out)
     except RuntimeError as e:
         raise _args.refused("select_pages", e) from None
+    _args.written(out)
     return out
 
 

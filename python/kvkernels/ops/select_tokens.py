@@ -48,6 +48,7 @@ def select_tokens(
         _op(scores, seq_lens, k, 1, sink_tokens, recent_tokens, row_k, True, out)
     except RuntimeError as e:
         raise _args.refused("select_tokens", e) from None
+    _args.written(out)
     return out
 
 

@@ -121,6 +121,7 @@ def sparse_attention(
     ):
         named = _args.parts(extra, None)
         _args.refuse_grad("sparse_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out, **named)
+    given = out
     if out is None:
         out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
@@ -133,6 +134,8 @@ def sparse_attention(
             extra, head_map, out, lse)  # fmt: skip
     except RuntimeError as e:
         raise _args.refused("sparse_attention", e) from None
+    if given is not None:
+        _args.written(given)
     return out if lse is None else (out, lse)
 
 

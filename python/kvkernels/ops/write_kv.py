@@ -37,6 +37,7 @@ def write_kv(k: Tensor, v: Tensor, kv: PagedKV, pool: int, slots: Tensor) -> Non
         _op(k, v, first, second, code, kv.page_size, slots, centre, balance, order)
     except RuntimeError as e:
         raise _args.refused("write_kv", e) from None
+    _args.written(first, second)
 
 
 @torch.library.register_fake("kvkernels::write_kv")
