@@ -457,3 +457,50 @@ def test_a_broken_forward_pass() -> None:
             model(ids[:, :2], past_key_values=cache)
         cache.reset()
         model(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["kv_cache.zero_pool", "kv_cache.write_kv", "paging.Paging._append"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_a_step_that_fails_at_its_first_layer_changes_nothing(
+    name: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt, tokens, a second text with padding: each is tried without memory, and then done."""
+    model, ids = attach(make(name)), text(2, 160)
+    mask = torch.ones(2, 160, dtype=torch.long)
+    mask[1, 100:109] = 0
+
+    def fail(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    def run(cache: KVCache, first: int, last: int) -> Tensor:
+        options = {"attention_mask": mask[:, :last]} if last > 100 else {}
+        return model(ids[:, first:last], past_key_values=cache, **options).logits
+
+    cache, undisturbed, failures = KVCache("u2", **SMALL), KVCache("u2", **SMALL), []
+    steps = [(0, 81), *((i, i + 1) for i in range(81, 100)), (100, 160)]
+    for first, last in steps:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kvkernels.{where}", fail)
+            try:
+                run(copied := copy.deepcopy(cache), first, last)
+            except MemoryError:
+                failures.append(first)
+                cache = copied
+        assert torch.equal(run(cache, first, last), run(undisturbed, first, last))
+    assert {0, 100} <= set(failures)
+    assert cache.nbytes == undisturbed.nbytes
+
+
+@torch.no_grad()
+def test_a_transform_that_does_not_fit() -> None:
+    model, ids = attach(make("llama")), text(1, 20)
+    good = kk.KVTransform(torch.zeros(2, 64), torch.ones(2, 64))
+    for given, error, message in (
+        (good._replace(centre=torch.zeros(2, 128)), ValueError, r"layer 1: transform.centre must be .*, 128\]"),
+        (good._replace(balance=good.balance.double()), TypeError, "layer 1: transform.balance must be torch.float32"),
+    ):
+        with pytest.raises(error, match=f"KVCache: {message}"):
+            model(ids, past_key_values=KVCache("u2", transforms=[good, given]))
+    with pytest.raises(TypeError, match=r"KVCache: transforms\[1\] must be a KVTransform or None; got tuple"):
+        KVCache("u2", transforms=[None, tuple(good)])

@@ -139,6 +139,91 @@ def test_any_history(format: str, seed: int) -> None:
         assert model.cache.reserved_nbytes == reserved
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("where", ["zero_pool", "torch.nn.functional.pad", "pack_pages", "write_kv"])
+@pytest.mark.parametrize("steps", [[(300, None)], [(150, [150, 0, 77])] * 3, [(40, [40, 25, 7])] + [(1, None)] * 60])
+def test_a_failed_append_changes_nothing(
+    where: str, steps: list[tuple[int, list[int] | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step is tried with `where` out of memory; every page is then as it was, and the step can be done."""
+    model = Model(3, "u2", page_size=16, sink_tokens=16, recent_tokens=20, transform=transform())
+    failures = 0
+
+    def fail(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    for tokens, lengths in steps:
+        before = dict(vars(model))
+        with monkeypatch.context() as patch:
+            patch.setattr(where if "." in where else f"kvkernels.kv_cache.{where}", fail)
+            try:
+                model.append(tokens, lengths)
+            except MemoryError:
+                failures += 1
+            else:
+                continue
+        vars(model).update(before)
+        model.check()
+        model.append(tokens, lengths)
+        model.check()
+    assert failures
+
+
+@pytest.mark.once
+def test_growth_that_failed_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(1, "u2", page_size=16, sink_tokens=0, recent_tokens=16)
+    model.append(40)
+    sizes = []
+
+    def small(shape: tuple[int, ...], device: torch.device) -> Tensor:
+        sizes.append(shape[0])
+        if shape[0] > 100:
+            raise MemoryError
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr("kvkernels.kv_cache.zero_pool", small)
+    k, v = model.k[0], model.v[0]
+    with pytest.raises(MemoryError):
+        model.append(10000)
+    assert max(sizes) > 500
+    sizes.clear()
+    model.k[0], model.v[0] = k, v
+    model.append(60)
+    model.check()
+    assert max(sizes) < 10
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"centre": torch.zeros(2, 64).double()}, TypeError, "centre must be torch.float32; got torch.float64"),
+        ({"balance": torch.ones(2, 128)}, ValueError, r"balance must be \[Hkv, D\] = \[2, 64\], .*; got \[2, 128\]"),
+        ({"centre": torch.zeros(1, 2, 64)}, ValueError, r"centre must be .*; got \[1, 2, 64\]"),
+        ({"balance": torch.ones(2, 64, device="meta")}, ValueError, "balance must be on cpu, .*; got meta"),
+        ({"order": torch.arange(HEAD_DIM).repeat(2, 1)}, TypeError, "order must be torch.int32; got torch.int64"),
+        ({"order": torch.zeros(2, 64).int()}, ValueError, r"order\[0\] must be a permutation .*; got \[0, 0, 0"),
+        ({"order": torch.arange(1, 65).repeat(2, 1).int()}, ValueError, r"order\[0\] must be a permutation"),
+        ({"centre": None}, TypeError, "centre must be a tensor; got NoneType"),
+    ],
+)
+def test_a_transform_that_does_not_fit(change: dict, error: type[Exception], message: str) -> None:
+    wrong = transform()._replace(**change)
+    with pytest.raises(error, match=rf"transform\.{message}"):
+        kk.KVCache(1, HEADS, HEAD_DIM, "u2", transform=wrong)
+    with pytest.raises(error, match=rf"transform\.{message}"):
+        kk.PagedKV.empty("u2", 3, HEADS, HEAD_DIM, 16, transform=wrong)
+    cache = torch.zeros(3, 16, HEADS, HEAD_DIM).bfloat16()
+    with pytest.raises(error, match=rf"transform\.{message}"):
+        kk.PagedKV.from_caches(cache, cache, transform=wrong)
+
+
+@pytest.mark.once
+def test_a_transform_that_is_none() -> None:
+    with pytest.raises(TypeError, match="transform must be a KVTransform, of calibrate_keys, or None; got tuple"):
+        kk.KVCache(1, HEADS, HEAD_DIM, "u2", transform=tuple(transform()))
+
+
 @pytest.mark.parametrize("format", ["u2", "kivi2", "bf16", "m31/u2", "m31/t1.e5m3"])
 def test_attend_is_attention_over_what_was_appended(format: str) -> None:
     model = Model(3, format, page_size=16, sink_tokens=16, recent_tokens=32, transform=transform())
@@ -306,6 +391,8 @@ def test_other_errors() -> None:
     x = torch.zeros(2, 2, 64)
     with pytest.raises(TypeError, match="dtype must be bfloat16 or float16; got"):
         kk.KVCache(2, 2, 64, dtype=torch.float32)
+    with pytest.raises(TypeError, match="v must be a tensor; got list"):
+        cache.append(x, [1])
     with pytest.raises(TypeError, match="k must be floating point"):
         cache.append(x.int(), x)
     with pytest.raises(ValueError, match="k requires grad"):
@@ -316,4 +403,5 @@ def test_other_errors() -> None:
         cache.fork([])
     with pytest.raises(ValueError, match=r"reset: rows must be 0 to 1; got \[-1\]"):
         cache.reset([-1])
+    assert cache.seq_lens.tolist() == [0, 0]
     assert not any(NO_PAGE in row for row in cache._paging.rows)

@@ -12,7 +12,7 @@ from kvkernels.ops.pack_pages import pack_pages
 from kvkernels.ops.quant_attention import quant_attention
 from kvkernels.ops.read_kv import read_kv
 from kvkernels.ops.write_kv import write_kv
-from kvkernels.paged_kv import FORMAT_OF_DTYPE, KVTransform, PagedKV, zero_pool
+from kvkernels.paged_kv import FORMAT_OF_DTYPE, KVTransform, PagedKV, check_transform, zero_pool
 from kvkernels.paging import PACKED, WINDOW, Append, Pages, Paging, lasting
 
 
@@ -37,6 +37,7 @@ class LayerPages:
         formats = (window,) if format == window else (window, format)
         for fmt in formats:
             fmt.check(page_size, head_dim)
+        check_transform(transform, num_kv_heads, head_dim, device)
         self.dtype = dtype
         pools = tuple(zero_pool((0, num_kv_heads, fmt.page_bytes(page_size, head_dim)), device) for fmt in formats)
         self.kv = PagedKV(pools, formats, page_size, transform)
@@ -53,11 +54,16 @@ class LayerPages:
 
     def append(self, k: Tensor, v: Tensor, step: Append) -> None:
         """What `step` asks for; k, v [B, T, Hkv, D] are the new tokens."""
+        # What may run out of memory comes before the first write: a step that fails has changed no page in use.
         self.reserve(step.num_pages)
         if k.dtype != self.dtype or v.dtype != self.dtype:
             k, v = k.to(self.dtype), v.to(self.dtype)
         if k.stride(-1) != 1 or v.stride(-1) != 1:
             k, v = k.contiguous(), v.contiguous()
+        new: Sequence[Tensor] = ()
+        if step.slots is not None:
+            new = [x.flatten(0, 1) if step.tokens is None else x[step.tokens] for x in (k, v)]
+        shared = None if step.copied is None else self._data[WINDOW][step.copied[0]]
         if step.leaving is not None:
             pack_pages(self.kv, WINDOW, PACKED, step.leaving)
         for row, tokens, pairs in step.whole:
@@ -65,15 +71,11 @@ class LayerPages:
             prompt = PagedKV.from_caches(*(x[row, tokens].unflatten(0, pages) for x in (k, v)))
             kv = self.kv._replace(pools=(*prompt.pools, self.kv.pools[PACKED]))
             pack_pages(kv, WINDOW, PACKED, pairs)
-        if step.copied is not None:
-            old, new = step.copied
-            self._data[WINDOW][new] = self._data[WINDOW][old]
+        if shared is not None:
+            assert step.copied is not None
+            self._data[WINDOW][step.copied[1]] = shared
         if step.slots is not None:
-            if step.tokens is None:
-                k, v = k.flatten(0, 1), v.flatten(0, 1)
-            else:
-                k, v = k[step.tokens], v[step.tokens]
-            write_kv(k, v, self.kv, WINDOW, step.slots)
+            write_kv(new[0], new[1], self.kv, WINDOW, step.slots)
         if step.left is not None:
             pack_pages(self.kv, WINDOW, PACKED, step.left)
 
@@ -211,11 +213,22 @@ class KVCache:
 
         k, v:    [B, T, Hkv, D], or [B, Hkv, D] for one token each; any float dtype; keys after RoPE
         lengths: [B] ints: sequence b takes only the first lengths[b] of its T tokens. None takes all
+
+        T = 0 adds nothing. If it fails, for want of memory too, the cache is as it was. TypeError, ValueError: tensors
+        that do not fit, a sequence that would be longer than max_tokens.
         """
+        for name, x in (("k", k), ("v", v)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"KVCache.append: {name} must be a tensor; got {type(x).__name__}")
         if k.dim() == 3 and v.dim() == 3:
             k, v = k.unsqueeze(1), v.unsqueeze(1)
         counts = self._check_append(k, v, lengths)
-        self._memory.append(k, v, self._paging.append(counts, k.shape[1]))
+        step = self._paging.append(counts, k.shape[1])
+        try:
+            self._memory.append(k, v, step)
+        except BaseException:
+            self._paging.undo()
+            raise
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Empty these sequences (None: all) and free their pages."""

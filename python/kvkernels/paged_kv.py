@@ -50,6 +50,41 @@ class KVTransform(NamedTuple):
     order: Tensor | None = None
 
 
+def check_transform(
+    transform: KVTransform | None, num_kv_heads: int, head_dim: int, device: torch.device | str | None
+) -> None:
+    """That it fits keys of [num_kv_heads, head_dim] on this device (None: torch's default); `order` has to be a
+    permutation, which is looked at on the CPU only."""
+    if transform is None:
+        return
+    if not isinstance(transform, KVTransform):
+        raise TypeError(f"transform must be a KVTransform, of calibrate_keys, or None; got {type(transform).__name__}")
+    shape = (num_kv_heads, head_dim)
+    where = torch.empty(0, device=device).device
+    for (name, x), dtype in zip(transform._asdict().items(), (torch.float32, torch.float32, torch.int32)):
+        if x is None and name == "order":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"transform.{name} must be a tensor; got {type(x).__name__}")
+        if x.dtype != dtype:
+            raise TypeError(f"transform.{name} must be {dtype}; got {x.dtype}")
+        if x.shape != shape:
+            raise ValueError(
+                f"transform.{name} must be [Hkv, D] = {list(shape)}, those of the keys; got {list(x.shape)}"
+            )
+        if x.device != where:
+            raise ValueError(f"transform.{name} must be on {where}, where the pages are; got {x.device}")
+    order = transform.order
+    if type(order) is Tensor and order.device.type == "cpu":
+        wrong = order.sort(1).values != torch.arange(head_dim)
+        if wrong.any():
+            head = int(wrong.any(1).nonzero()[0])
+            raise ValueError(
+                f"transform.order[{head}] must be a permutation of the channels 0 to {head_dim - 1}; "
+                f"got {order[head].tolist()}"
+            )
+
+
 class PagedKV(NamedTuple):
     """Keys and values of many sequences as pages.
 
@@ -91,6 +126,7 @@ class PagedKV(NamedTuple):
                 raise ValueError(f"num_pages must be 0 to 2^{PAGE_BITS} (bits of a page-table entry); got {n}")
         if num_kv_heads < 1:
             raise ValueError(f"num_kv_heads must be at least 1; got {num_kv_heads}")
+        check_transform(transform, num_kv_heads, head_dim, device)
         pools = tuple(
             zero_pool((n, num_kv_heads, f.page_bytes(page_size, head_dim)), device)
             for n, f in zip(sizes, kinds, strict=True)
@@ -127,6 +163,7 @@ class PagedKV(NamedTuple):
             k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         page_size, head_dim = k_cache.shape[2:]
         fmt.check(page_size, head_dim)
+        check_transform(transform, k_cache.shape[1], head_dim, k_cache.device)
         return cls(((k_cache, v_cache),), (fmt,), page_size, transform)
 
     @property

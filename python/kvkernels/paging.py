@@ -1,6 +1,6 @@
 """Which page holds which tokens of which sequence: the bookkeeping of a cache, made once for all layers alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -43,6 +43,13 @@ class Pages:
         self.users += [0] * (new - old)
         self.free = list(range(old, new))[::-1] + self.free
 
+    def recount(self, num_pages: int, used: Iterable[int]) -> None:
+        """Start over with so many pages; `used` names a page once for each sequence that uses it."""
+        self.users = [0] * num_pages
+        for page in used:
+            self.users[page] += 1
+        self.free = [page for page, n in enumerate(self.users) if n == 0][::-1]
+
     def release(self, page: int) -> None:
         self.users[page] -= 1
         if self.users[page] == 0:
@@ -64,6 +71,15 @@ class Append(NamedTuple):
     def packs(self) -> bool:
         """Whether pages are encoded."""
         return self.leaving is not None or bool(self.whole) or self.left is not None
+
+
+class Before(NamedTuple):
+    """What a step found, for `Paging.undo`."""
+
+    lens: list[int]
+    first: list[int]
+    num_pages: tuple[int, ...]
+    page_table: Tensor
 
 
 class Paging:
@@ -103,6 +119,7 @@ class Paging:
             self.pools = [Pages(batch * n) for n in (min(self.window_pages, max_pages), packed)]
         self.page_table = torch.zeros(batch, max(max_pages, 1), dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._begin()
 
     @property
     def num_pages(self) -> tuple[int, ...]:
@@ -121,21 +138,29 @@ class Paging:
     @lasting()
     def append(self, counts: Sequence[int], tokens: int) -> Append:
         """Make room for the first counts[b] of `tokens` new tokens of each sequence b. The memory must do what it
-        returns."""
+        returns, or else `undo`."""
+        self._begin()
+        try:
+            return self._append(counts, tokens)
+        except BaseException:
+            self.undo()
+            raise
+
+    def _append(self, counts: Sequence[int], tokens: int) -> Append:
         starts, size = self.lens, self.page_size
         ends = [start + n for start, n in zip(starts, counts)]
         packed = [self.packed_end(end) for end in ends]
         for row, end in enumerate(ends):
             self.rows[row] += [NO_PAGE] * (-(-end // size) - len(self.rows[row]))
             if self.attended is not None:
-                first = max(end - self.attended - self.recent_tokens, 0) // size
-                self._give_up(row, self.first[row], first)
-                self.first[row] = max(self.first[row], first)
+                self.first[row] = max(self.first[row], (end - self.attended - self.recent_tokens) // size)
         # Full pages leave the window before new ones enter it, so that it never holds both.
         leaving = self._pack(starts, [min(end, start // size) for end, start in zip(packed, starts)])
         whole = self._add_packed(starts, packed)
         copied, slots, written = self._add_window(starts, ends, tokens)
         left = self._pack(starts, packed)
+        for row, first in enumerate(self.first):  # after pages were taken: what is given up is whole, should it fail
+            self._give_up(row, self._before.first[row], first)
         self._set_lens(ends)
         return Append(self.num_pages, leaving, whole, copied, slots, written, left)
 
@@ -151,22 +176,48 @@ class Paging:
     def fork(self, src: Sequence[int]) -> None:
         """Make sequence i what sequence src[i] is now. The batch becomes len(src), at least 1. No page is copied."""
         rows, lens, first = [list(self.rows[i]) for i in src], [self.lens[i] for i in src], [self.first[i] for i in src]
+        device = self.page_table.device
+        page_table = self.page_table[torch.tensor(src, device=device)]
+        seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
         for entry in (entry for row in rows for entry in row if entry != NO_PAGE):
             self.pools[entry >> PAGE_BITS].users[entry & PAGE_MASK] += 1
         for row in range(len(self.rows)):
             self._give_up(row, 0, len(self.rows[row]))
         self.rows, self.lens, self.first = rows, lens, first
-        self.page_table = self.page_table[torch.tensor(src, device=self.page_table.device)]
-        self.seq_lens = torch.tensor(lens, dtype=torch.int32, device=self.page_table.device)
+        self.page_table, self.seq_lens = page_table, seq_lens
 
     @lasting()
     def crop(self, counts: Sequence[int]) -> tuple[tuple[int, ...], Tensor | None]:
         """Take counts[b] tokens from the end of each sequence b, at most as many as it has.
 
-        Returns what the memory must do: have so many pages, and decode packed pages into pages of the window, int32
-        [N, 2]. A last page that is not full has to be of 16 bits. ValueError: pages that the sequence then needs again
-        were given up.
+        Returns what the memory must do, or else `undo`: have so many pages, and decode packed pages into pages of the
+        window, int32 [N, 2]. A last page that is not full has to be of 16 bits. ValueError: pages that the sequence
+        then needs again were given up.
         """
+        self._begin()
+        try:
+            return self._crop(counts)
+        except BaseException:
+            self.undo()
+            raise
+
+    @lasting()
+    def undo(self) -> None:
+        """Take back the last append or crop, which the memory could not do."""
+        lens, self.first, num_pages, self.page_table = self._before
+        for entries, n in zip(self.rows, lens):
+            places = -(-n // self.page_size)
+            entries[:] = entries[:places] + [NO_PAGE] * (places - len(entries))
+        replaced = [(row, place, entry) for row, place, entry in self._replaced if place < len(self.rows[row])]
+        for row, place, entry in reversed(replaced):
+            self.rows[row][place] = entry
+        for number, (pool, n) in enumerate(zip(self.pools, num_pages)):
+            used = (entry for entries in self.rows for entry in entries if entry != NO_PAGE)
+            pool.recount(n, [entry & PAGE_MASK for entry in used if entry >> PAGE_BITS == number])
+        self._write_table([(row, place, self.rows[row][place]) for row, place, _ in replaced])
+        self._set_lens(lens)
+
+    def _crop(self, counts: Sequence[int]) -> tuple[tuple[int, ...], Tensor | None]:
         ends = [n - count for n, count in zip(self.lens, counts)]
         for row, (old, new) in enumerate(zip(self.lens, ends)):
             if self.attended is not None and self.first[row] * self.page_size > max(new - self.attended + 1, 0):
@@ -177,7 +228,7 @@ class Paging:
         moves = []
         for row, end in enumerate(ends):
             self._give_up(row, -(-end // self.page_size), len(self.rows[row]))
-            self.rows[row] = self.rows[row][: -(-end // self.page_size)]
+            del self.rows[row][-(-end // self.page_size) :]
             if end % self.page_size and self.rows[row][-1] >> PAGE_BITS == PACKED:
                 moves.append((row, len(self.rows[row]) - 1, self.rows[row][-1]))
         pairs = self._move(moves, WINDOW) if moves else None
@@ -194,6 +245,10 @@ class Paging:
         there = (position < self.seq_lens[:, None]) & (position >= first[:, None])
         return [slot.where(there & (entry >> PAGE_BITS == pool), -1) for pool in range(len(self.pools))]
 
+    def _begin(self) -> None:
+        self._before = Before(self.lens, list(self.first), self.num_pages, self.page_table)
+        self._replaced: list[tuple[int, int, int]] = []  # row, place, the entry that stood there
+
     def _set_lens(self, lens: list[int]) -> None:
         self.lens = lens
         self.seq_lens.copy_(torch.tensor(lens, dtype=torch.int32))
@@ -203,8 +258,10 @@ class Paging:
 
     def _give_up(self, row: int, first: int, last: int) -> None:
         for place in range(first, last):
-            if self.rows[row][place] != NO_PAGE:
-                self._drop(self.rows[row][place])
+            entry = self.rows[row][place]
+            if entry != NO_PAGE:
+                self._replaced.append((row, place, entry))
+                self._drop(entry)
                 self.rows[row][place] = NO_PAGE
 
     def _take(self, pool: int, count: int) -> list[int]:
@@ -216,13 +273,19 @@ class Paging:
 
     def _assign(self, changes: list[tuple[int, int, int]]) -> None:
         """Put (row, place, entry) into the page table; what stood there loses a user."""
+        for row, place, entry in changes:
+            old = self.rows[row][place]
+            self._replaced.append((row, place, old))
+            self.pools[entry >> PAGE_BITS].users[entry & PAGE_MASK] += 1
+            if old != NO_PAGE:
+                self._drop(old)
+            self.rows[row][place] = entry
+        self._write_table(changes)
+
+    def _write_table(self, changes: list[tuple[int, int, int]]) -> None:
+        """Of (row, place, entry)."""
         if not changes:
             return
-        for row, place, entry in changes:
-            self.pools[entry >> PAGE_BITS].users[entry & PAGE_MASK] += 1
-            if self.rows[row][place] != NO_PAGE:
-                self._drop(self.rows[row][place])
-            self.rows[row][place] = entry
         width, need = self.page_table.shape[1], max(place + 1 for _, place, _ in changes)
         if need > width:
             self.page_table = torch.nn.functional.pad(self.page_table, (0, max(need, 2 * width) - width))
@@ -241,7 +304,7 @@ class Paging:
         moves = [
             (row, place, self.rows[row][place])
             for row, (start, end) in enumerate(zip(starts, ends))
-            for place in range(max(self.packed_end(start), self.sink_pages), end)
+            for place in range(max(self.packed_end(start), self.sink_pages, self.first[row]), end)
             if self.rows[row][place] >> PAGE_BITS == WINDOW
         ]
         return self._move(moves, PACKED) if moves else None
@@ -284,7 +347,7 @@ class Paging:
         tokens: list[int] = []
         slots: list[int] = []
         for row, (start, end) in enumerate(zip(starts, ends)):
-            for place in range(start // size, -(-end // size) if end > start else 0):
+            for place in range(max(start // size, self.first[row]), -(-end // size) if end > start else 0):
                 entry = self.rows[row][place]
                 if entry >> PAGE_BITS == WINDOW:
                     first, last = max(start, place * size), min(end, (place + 1) * size)

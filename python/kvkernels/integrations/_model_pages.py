@@ -1,7 +1,8 @@
 """The pages of all layers of a model: every layer has seen the same tokens, so one step is planned once for all."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -115,6 +116,26 @@ class ModelPages:
                 numbers += 2 * kv.num_kv_heads * kv.head_dim * sum(layer.group.paging.lens)
         return self.nbytes * 8 / numbers if numbers else float("nan")
 
+    @contextmanager
+    def step_of(
+        self, layer: Layer, k: Tensor, tokens: Tensor | None, direct: bool, window: int | None
+    ) -> Iterator[Step]:
+        """`begin`, and if what is done with the step fails before any layer has done it, there is no such step."""
+        saved, own = {**vars(self), "groups": dict(self.groups)}, dict(vars(layer))
+        group = None if layer.pages is None else layer.group
+        shared = {} if group is None else dict(vars(group))
+        try:
+            yield self.begin(layer, k, tokens, direct, window)
+        except BaseException:
+            if self.step is not saved["step"] and layer.columns == own["columns"]:
+                if group is not None:
+                    if group.step is self.step:
+                        group.paging.undo()
+                    vars(group).update(shared)
+                vars(self).update(saved)
+                vars(layer).update(own)
+            raise
+
     def begin(self, layer: Layer, k: Tensor, tokens: Tensor | None, direct: bool, window: int | None) -> Step:
         """The step that brings k [B, Hkv, T, D] to the layer: the one that other layers began, or a new one.
 
@@ -143,8 +164,12 @@ class ModelPages:
             if step.start and not (step.direct and group.packed):
                 group.past = group.paging.slots(max(group.paging.lens))
             group.plan = group.paging.append(step.counts, columns)
-            group.packed = group.packed or group.plan.packs
             group.step = step
+            # Of all layers now: if there is no memory for one, no other has done the step.
+            for other in self.layers.values():
+                if other.pages is not None and other.group is group:
+                    other.pages.reserve(group.plan.num_pages)
+            group.packed = group.packed or group.plan.packs
         return step
 
     def _new_step(self, batch: int, columns: int, tokens: Tensor | None, direct: bool) -> Step:
@@ -169,10 +194,14 @@ class ModelPages:
 
     def _make_pages(self, layer: Layer, step: Step, k: Tensor, window: int | None) -> None:
         dtype = self.dtype or (k.dtype if k.dtype in FORMAT_OF_DTYPE else torch.bfloat16)
+        heads, head_dim = k.shape[1], k.shape[3]
         if layer.transform is not None:
             parts = layer.transform._asdict().items()
             layer.transform = layer.transform._replace(**{n: x.to(k.device) for n, x in parts if x is not None})
-        layer.pages = LayerPages(k.shape[1], k.shape[3], layer.format, self.page_size, dtype, k.device, layer.transform)
+        try:
+            layer.pages = LayerPages(heads, head_dim, layer.format, self.page_size, dtype, k.device, layer.transform)
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"KVCache: layer {layer.index}: {e}") from None
         key = (layer.pages.packs, window, k.device)
         if key not in self.groups:
             paging = Paging(k.shape[0], self.page_size, self.sink_tokens, self.recent_tokens, packs=key[0],

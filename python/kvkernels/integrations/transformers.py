@@ -79,6 +79,9 @@ class KVCache(Cache):
     softcapped scores, attention sinks, reset(). Packed formats need head dims of 64, 128 or 256; the ValueError for
     others comes with the first keys.
 
+    A step that fails before the first layer has stored it, for want of memory too, leaves the cache as it was; one that
+    was broken off later asks for reset().
+
     Not differentiable: ValueError with gradients on. ValueError: masks that hide stored tokens from short steps;
     padding inside a sliding window. UserWarning: keys that are packed before there are enough to calibrate them.
     """
@@ -104,6 +107,11 @@ class KVCache(Cache):
         for name, value, least in (("sink_tokens", sink_tokens, 0), ("recent_tokens", recent_tokens, 0)):
             if value < least:
                 raise ValueError(f"KVCache: {name} must be at least {least}; got {value}")
+        for index, given in enumerate(transforms or ()):
+            if given is not None and not isinstance(given, KVTransform):
+                raise TypeError(
+                    f"KVCache: transforms[{index}] must be a KVTransform or None; got {type(given).__name__}"
+                )
         formats: list[Format] | None = None
         if isinstance(format, (str, Format)):
             one = parse_format(format)
@@ -264,13 +272,13 @@ class _New:
     def append(self, q: Tensor | None, tokens: Tensor | None, direct: bool, window: int | None) -> None:
         """Into the cache. If attention cannot read the pages, `all` is there."""
         pages = self.cache.pages
-        step = pages.begin(self.layer, self.k, tokens, direct, window)
-        if not step.direct:
-            self.all = self.k, self.v
-            if step.start:
-                past = pages.past(self.layer, step, self.k.dtype)
-                self.all = torch.cat([past[0], self.k], 2), torch.cat([past[1], self.v], 2)
-        pages.append(self.layer, step, q, self.k, self.v)
+        with pages.step_of(self.layer, self.k, tokens, direct, window) as step:
+            if not step.direct:
+                self.all = self.k, self.v
+                if step.start:
+                    past = pages.past(self.layer, step, self.k.dtype)
+                    self.all = torch.cat([past[0], self.k], 2), torch.cat([past[1], self.v], 2)
+            pages.append(self.layer, step, q, self.k, self.v)
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """For attention that knows nothing of pages."""
