@@ -45,7 +45,6 @@ from bench.recipes import SIMULATED
 BUDGETS = (3.0, 2.5, 2.25, 1.95, 1.8)  # bits per element of pages, without sinks
 BITS, TOP = (1.4, 1.6, 1.8, 2.0, 2.25, 2.5, 3.0, 4.0, 5.0), 0.2  # axes of the picture
 RESULTS = build.ROOT / "bench" / "results" / "accuracy.md"
-PICTURE = RESULTS.with_suffix(".svg")
 KEPT = build.ROOT / "build" / "accuracy"
 
 
@@ -95,9 +94,14 @@ def sections(found: dict[str, list[Found]]) -> list[str]:
     return text
 
 
+def results(args: argparse.Namespace) -> Path:
+    return RESULTS.with_name(f"accuracy-{Path(args.model).name}.md") if args.model else RESULTS
+
+
 def header(name: str, args: argparse.Namespace, threads: int) -> str:
     flags = f"--chunks {args.chunks} --greedy {args.greedy} --passkey {args.passkey} --results"
     model = f" --model {name}" if args.model else ""
+    flags = " ".join([*args.formats, flags])
     flags += " --kept" if args.kept else ""
     return f"""# What a packed cache costs {name}
 
@@ -117,7 +121,7 @@ got sinks in 16 bits.
 them are also the likeliest for the other cache after the same tokens, read in blocks. *Pass keys*: numbers of five
 digits told in a novel of {PASSKEY_TOKENS} tokens, at different places, and asked for at its end.
 
-![increase of perplexity over bits]({PICTURE.name})"""
+![increase of perplexity over bits]({results(args).with_suffix(".svg").name})"""
 
 
 KINDS = {
@@ -189,7 +193,11 @@ def main() -> None:
     parser.add_argument("--greedy", type=int, default=0, metavar="N", help="agreement on generated tokens, N chunks")
     parser.add_argument("--passkey", type=int, default=0, metavar="N", help=f"retrieval from N of {PASSKEYS} texts")
     parser.add_argument("--kept", action="store_true", help="measure nothing, show what was kept")
-    parser.add_argument("--results", action="store_true", help=f"write {RESULTS.relative_to(build.ROOT)} and a picture")
+    parser.add_argument(
+        "--results",
+        action="store_true",
+        help=f"write {RESULTS.relative_to(build.ROOT)}, of another model accuracy-MODEL.md, and a picture",
+    )
     args = parser.parse_args()
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
     torch.set_num_threads(threads)
@@ -214,9 +222,10 @@ def main() -> None:
     text = "\n\n".join(sections(found))
     print(text)
     if args.results:
-        RESULTS.write_text(f"{header(name, args, threads)}\n\n{text}\n")
-        PICTURE.write_text(draw(found[PERPLEXITY.name], name))
-        print(f"written: {RESULTS}, {PICTURE}")
+        page = results(args)
+        page.write_text(f"{header(name, args, threads)}\n\n{text}\n")
+        page.with_suffix(".svg").write_text(draw(found[PERPLEXITY.name], name))
+        print(f"written: {page} and its picture")
 
 
 if __name__ == "__main__":
