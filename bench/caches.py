@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kvkernels as kk
 from bench.recipes import Rope
-from kvkernels.paged_kv import PAGE_BITS, PAGE_MASK
+from kvkernels.paged_kv import PAGE_MASK
 
 QUERIES = 16  # the most that quant_attention takes of a sequence
 
@@ -138,19 +138,8 @@ class PagesRead(Pages):
         if self.rope:
             k = self.rope(k.float(), int(self.sinks.seq_lens + self.rest.seq_lens), True)
         self.rest.append(k[None], v[None])
-        rows = (self._read(self.sinks), self._read(self.rest))
-        k, v = (torch.cat(side) for side in zip(*rows, strict=True))
+        k, v = (torch.cat(side, 1)[0] for side in zip(self.sinks.read(), self.rest.read(), strict=True))
         return causal(q, (self.rope(k, 0, False) if self.rope else k).to(q.dtype), v.to(q.dtype))
-
-    def _read(self, cache: kk.KVCache) -> tuple[Tensor, Tensor]:
-        length = int(cache.seq_lens)
-        positions = torch.arange(length)
-        slots, pools = self.slots(cache, positions), cache.page_table[0, positions // cache.page_size] >> PAGE_BITS
-        k, v = (torch.zeros(length, cache.num_kv_heads, cache.head_dim) for _ in "kv")
-        for pool in range(len(cache.kv.pools)):
-            inside = pools == pool
-            k[inside], v[inside] = kk.read_kv(cache.kv, pool, slots[inside])
-        return k, v
 
 
 Recode = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]

@@ -31,6 +31,7 @@ class Model:
         self.gen = torch.Generator().manual_seed(batch)
         self.k = [torch.zeros(0, HEADS, HEAD_DIM)] * batch
         self.v = list(self.k)
+        self.packed = [0] * batch  # tokens in pages that were packed already, sinks included
 
     def append(self, tokens: int, lengths: list[int] | None = None) -> None:
         k, v = torch.randn(2, len(self.k), tokens, HEADS, HEAD_DIM, generator=self.gen)
@@ -43,12 +44,31 @@ class Model:
 
     def fork(self, src: list[int]) -> None:
         self.cache.fork(src)
-        self.k, self.v = [self.k[i] for i in src], [self.v[i] for i in src]
+        self.k, self.v, self.packed = ([x[i] for i in src] for x in (self.k, self.v, self.packed))
 
     def reset(self, rows: list[int]) -> None:
         self.cache.reset(rows)
         for row in rows:
-            self.k[row], self.v[row] = self.k[row][:0], self.v[row][:0]
+            self.k[row], self.v[row], self.packed[row] = self.k[row][:0], self.v[row][:0], 0
+
+    def crop(self, lengths: list[int]) -> None:
+        """What the end of a packed page leaves is from now on its decoded tokens."""
+        size, dtype = self.cache.page_size, self.cache.dtype
+        self.packed = [self.packed_end(row) for row in range(len(self.k))]
+        for row, n in enumerate(lengths):
+            place = n // size
+            pages = self.expected(row)
+            if n % size and pages[place][0] == PACKED:
+                for side, x in ((1, self.k), (2, self.v)):
+                    decoded = pages[place][side].transpose(0, 1).to(dtype).float()
+                    x[row] = torch.cat([x[row][: place * size], decoded])
+            self.k[row], self.v[row] = self.k[row][:n], self.v[row][:n]
+            self.packed[row] = min(self.packed[row], place * size)
+        self.cache.crop(lengths)
+
+    def packed_end(self, row: int) -> int:
+        size = self.cache.page_size
+        return max(self.packed[row], (len(self.k[row]) - self.cache.recent_tokens) // size * size)
 
     def expected(self, row: int) -> list[tuple[int, Tensor, Tensor]]:
         """Of each page the pool, and keys and values [Hkv, tokens, D] as attention should see them."""
@@ -57,7 +77,7 @@ class Model:
         pages = []
         for first in range(0, len(self.k[row]), size):
             k, v = (x[row][first : first + size].to(cache.dtype).float().transpose(0, 1) for x in (self.k, self.v))
-            old = first >= cache.sink_tokens and first + size <= len(self.k[row]) - cache.recent_tokens
+            old = first >= cache.sink_tokens and first + size <= self.packed_end(row)
             pool = PACKED if old and cache.format != window else WINDOW
             if pool == PACKED:
                 data = encode_page(cache.format, k, v, cache.transform)
@@ -108,7 +128,7 @@ def transform() -> kk.KVTransform:
 @pytest.mark.parametrize("format", [f.name for f in kk.formats()] + ["u3/u2", "kivi2/bf16", "m31/t1.e5m3"])
 @pytest.mark.parametrize("seed", range(2))
 def test_any_history(format: str, seed: int) -> None:
-    """Prompts, single tokens, resets and forks in random order; after each step every page is as it must be."""
+    """Prompts, tokens, resets, forks and crops in random order; after each step every page is as it must be."""
     rng = random.Random(f"{format} {seed}")
     model = Model(
         rng.choice([1, 3]),
@@ -121,9 +141,9 @@ def test_any_history(format: str, seed: int) -> None:
         transform=rng.choice([None, transform()]),
     )
     reserved = model.cache.reserved_nbytes
-    for _ in range(14):
+    for _ in range(16):
         batch = len(model.k)
-        step = rng.choice(["token", "token", "prompt", "prompt", "fork", "reset"])
+        step = rng.choice(["token", "token", "prompt", "prompt", "fork", "crop", "crop", "reset"])
         if step == "token":
             for _ in range(rng.choice([1, 9])):
                 model.append(1)
@@ -132,6 +152,9 @@ def test_any_history(format: str, seed: int) -> None:
             model.append(tokens, [rng.randint(0, tokens) for _ in range(batch)])
         elif step == "fork":
             model.fork([rng.randrange(batch) for _ in range(batch)])
+        elif step == "crop":
+            back = rng.choice([0, 4, 20, 100])
+            model.crop([max(len(k) - rng.randint(0, back), 0) for k in model.k])
         else:
             model.reset([rng.randrange(batch)])
         model.check()
@@ -238,6 +261,115 @@ def test_attend_is_attention_over_what_was_appended(format: str) -> None:
     assert lse.shape == q.shape[:2]
     several = model.cache.attend(torch.stack([q, q], 1))
     torch.testing.assert_close(several[:, 1], out, rtol=0, atol=1e-5)
+
+
+def dense(q: Tensor, cache: kk.KVCache, sees: Tensor) -> Tensor:
+    """Attention in fp32 over what the cache holds; sees: bool [B, Tq, T]."""
+    k, v = (x.repeat_interleave(q.shape[2] // HEADS, 2) for x in cache.read())
+    scores = torch.einsum("bqhd,bthd->bhqt", q, k) / math.sqrt(HEAD_DIM)
+    return torch.einsum("bhqt,bthd->bqhd", scores.masked_fill(~sees[:, None], -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("format", ["bf16", "u2", "kivi2", "m31/t1.e5m3"])
+@pytest.mark.parametrize("recent", [0, 32])  # without a recent window, drafts are packed and crops decode pages
+def test_speculative_decoding(format: str, recent: int) -> None:
+    """Drafts of 4 tokens, chains and trees, are verified by attention and cropped to what was accepted of them."""
+    rng, gen = random.Random(format), torch.Generator().manual_seed(0)
+    options = {"page_size": 16, "sink_tokens": 16, "recent_tokens": recent, "transform": transform()}
+    cache, never, exact = (kk.KVCache(2, HEADS, HEAD_DIM, name, **options) for name in (format, format, "bf16"))
+    for x in (cache, never, exact):
+        x.append(*torch.randn(2, 2, 90, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1)), [90, 55])
+    for round in range(30):
+        k, v = torch.randn(2, 2, 4, HEADS, HEAD_DIM, generator=gen)
+        q = torch.randn(2, 4, 3 * HEADS, HEAD_DIM, generator=gen)
+        lens = cache.seq_lens.tolist()
+        cache.append(k, v)
+        tree = [0b0001, 0b0011, 0b0101, 0b1101] if round % 2 else [0b0001, 0b0011, 0b0111, 0b1111]
+        mask = torch.tensor([tree, tree], dtype=torch.int32)
+        sees = torch.arange(max(lens) + 4).expand(2, 4, -1) < cache.seq_lens[:, None, None] - 4
+        for b, i, j in ((b, i, j) for b in range(2) for i in range(4) for j in range(4) if tree[i] >> j & 1):
+            sees[b, i, lens[b] + j] = True
+        got = cache.attend(q, tree_mask=mask)
+        torch.testing.assert_close(got, dense(q, cache, sees), rtol=0, atol=2e-4)
+        if tree[3] == 0b1111:
+            assert torch.equal(got, cache.attend(q))
+        accepted = [rng.randint(0, 4), rng.randint(0, 4)]
+        if round % 2:  # the second branch, tokens 0, 2 and 3, does not stand where it was drafted
+            cache.crop(torch.tensor(lens, dtype=torch.int32))
+            k, v, accepted = k[:, [0, 2, 3]], v[:, [0, 2, 3]], [min(n, 3) for n in accepted]
+            cache.append(k, v, accepted)
+        else:
+            cache.crop([n + more for n, more in zip(lens, accepted)])
+        never.append(k, v, accepted)
+        exact.append(k, v, accepted)
+        assert cache.seq_lens.tolist() == never.seq_lens.tolist() == [n + more for n, more in zip(lens, accepted)]
+    assert min(cache.seq_lens.tolist()) > 85
+    k, v = torch.randn(2, 2, 4, HEADS, HEAD_DIM, generator=gen)
+    for x in (cache, never, exact):  # as long as the longest draft was: then both have packed the same pages
+        x.append(k, v)
+    q = torch.randn(2, 3 * HEADS, HEAD_DIM, generator=gen)
+    if recent or format == "bf16":
+        assert torch.equal(cache.attend(q), never.attend(q))
+        assert all(torch.equal(a, b) for a, b in zip(cache.read(), never.read()))
+    else:  # what crop says that decoding and packing again costs
+        bits = 0.5 if format == "kivi2" else 0.05
+        for a, b, x in zip(cache.read(), never.read(), exact.read()):
+            assert 0 < (a - x).norm() <= 2**bits * (b - x).norm()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("where", ["zero_pool", "pack_pages"])
+def test_a_crop_that_fails_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cache that is all packed: the crop needs pages of 16 bits."""
+    model = Model(2, "u2", page_size=16, sink_tokens=0, recent_tokens=0)
+    model.append(160)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"kvkernels.kv_cache.{where}", fail)
+        with pytest.raises(MemoryError):
+            model.cache.crop([37, 101])
+    model.check()
+    model.crop([37, 101])
+    model.check()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("lengths", [-1, 11, [10], [10, 8], [10, -1], torch.tensor([3, 4, 5])])
+def test_crop_refuses(lengths: int | list[int] | Tensor) -> None:
+    cache = kk.KVCache(2, HEADS, HEAD_DIM, "u2")
+    cache.append(*torch.zeros(2, 2, 10, HEADS, HEAD_DIM), [10, 7])
+    with pytest.raises(
+        ValueError, match=r"crop: lengths must be 2 numbers from 0 to the sequences' own, \[10, 7\]; got"
+    ):
+        cache.crop(lengths)
+    with pytest.raises(TypeError):
+        cache.crop(2.5)
+    assert cache.seq_lens.tolist() == [10, 7]
+
+
+@pytest.mark.once
+def test_repr_says_how_long_and_how_large() -> None:
+    cache = kk.KVCache(2, HEADS, HEAD_DIM, "u3/u2", page_size=16, sink_tokens=0, recent_tokens=16)
+    assert repr(cache) == 'KVCache("u3/u2", lengths [0, 0], nan bits per element, 0.00 MB)'
+    cache.append(*torch.zeros(2, 2, 160, HEADS, HEAD_DIM), [160, 32])
+    assert repr(cache) == (
+        f'KVCache("u3/u2", lengths [160, 32], {cache.bits_per_element:.2f} bits per element, '
+        f"{cache.nbytes / 1e6:.2f} MB)"
+    )
+
+
+def test_read_gives_what_was_appended() -> None:
+    cache = kk.KVCache(2, HEADS, HEAD_DIM, "u2")
+    assert [x.shape for x in cache.read()] == [(2, 0, HEADS, HEAD_DIM)] * 2
+    given = torch.randn(2, 2, 50, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cache.append(*given, [50, 20])
+    for got, x in zip(cache.read(torch.bfloat16), given):
+        assert torch.equal(got[0], x[0])
+        assert torch.equal(got[1, :20], x[1, :20])
+        assert not got[1, 20:].any()
 
 
 def test_bytes_do_not_depend_on_how_a_text_was_cut() -> None:

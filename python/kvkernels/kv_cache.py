@@ -1,5 +1,6 @@
 """A growing cache of one layer: attention sinks and the recent window in 16 bits, everything between them packed."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -230,6 +231,37 @@ class KVCache:
             self._paging.undo()
             raise
 
+    def read(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention sees them, [B, T, Hkv, D] with T the longest length; zero past each end."""
+        return self._memory.read(self._paging.slots(max(self._paging.lens)), dtype)
+
+    def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Keep the first lengths[b] tokens of each sequence b, say of a draft those that were accepted.
+
+        lengths: an int for all, or [B] of them. ValueError: below 0, or past the end of a sequence
+
+        Tokens in pages of 16 bits are forgotten without a trace, so a draft no longer than recent_tokens leaves only
+        this: pages that left the recent window because of it stay packed. Where the new end lies within a packed page,
+        that page is decoded into one of 16 bits. Its tokens keep the error of the format, and are rounded and later
+        packed once more, which costs less than 0.05 bits of accuracy (log2 of the error; SmolLM2's keys and values) in
+        all formats but kivi2, whose keys lose up to 0.5: they get the scale of other neighbours.
+
+        If it fails, for want of memory, the cache is as it was.
+        """
+        lens = self._paging.lens
+        given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        ends = [operator.index(n) for n in (given if isinstance(given, Sequence) else [given] * len(lens))]
+        if len(ends) != len(lens) or not all(0 <= n <= old for n, old in zip(ends, lens)):
+            raise ValueError(
+                f"KVCache.crop: lengths must be {len(lens)} numbers from 0 to the sequences' own, {lens}; got {ends}"
+            )
+        num_pages, pairs = self._paging.crop([old - n for n, old in zip(ends, lens)])
+        try:
+            self._memory.unpack(num_pages, pairs)
+        except BaseException:
+            self._paging.undo()
+            raise
+
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Empty these sequences (None: all) and free their pages."""
         self._paging.reset(self._check_rows("reset", range(self._batch) if rows is None else rows))
@@ -244,6 +276,12 @@ class KVCache:
         if not src:
             raise ValueError("KVCache.fork: src_rows must name at least one row")
         self._paging.fork(src)
+
+    def __repr__(self) -> str:
+        return (
+            f'KVCache("{self.format.name}", lengths {self._paging.lens}, {self.bits_per_element:.2f} bits per element, '
+            f"{self.nbytes / 1e6:.2f} MB)"
+        )
 
     @property
     def _batch(self) -> int:
