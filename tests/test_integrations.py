@@ -1,6 +1,7 @@
 """transformers with a KVCache: as with its own caches in 16 bits, as with the decoded pages in fewer."""
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,10 @@ def forced(model: Any, cache: Any, ids: Tensor, prompt: int, mask: Tensor | None
                 options = {"attention_mask": mask[:, :last], "position_ids": positions}
             logits.append(model(ids[:, first:last], past_key_values=cache, **options).logits)
     return torch.cat(logits[1:], 1)
+
+
+def wide_first_layer(index: int) -> str:
+    return "u4" if index == 0 else "u2"
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -202,6 +207,34 @@ def test_several_turns(name: str) -> None:
         assert torch.equal(second, other)
         results.append(second)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_next"])
+@pytest.mark.parametrize("format", ["m31/u2.e5m3", ["u4", "u2", "u2", "u2"], wide_first_layer])
+def test_a_pickled_cache_goes_on(name: str, format: Any) -> None:
+    """As the one that was pickled does, which it shares nothing with; saved between a prompt and its continuations."""
+    model, ids, mask = attach(make(name)), text(2, 150), padding(2, 150)
+    cache = KVCache(format, **SMALL, config=model.config)
+    forced(model, cache, ids[:, :120], 100, mask[:, :120])
+    saved = pickle.dumps(cache)
+    loaded, other = pickle.loads(saved), pickle.loads(saved)
+    assert len({int(x.number) for x in (cache, loaded, other)}) == 3
+    assert repr(loaded) == repr(cache)
+    assert loaded.nbytes == cache.nbytes
+    assert len(loaded.transforms) == len(cache.transforms)
+    assert all(torch.equal(*pair) for a, b in zip(loaded.transforms, cache.transforms) if a and b for pair in zip(a, b))
+
+    def go_on(cache: KVCache, ids: Tensor) -> Tensor:
+        logits = []
+        for first, last in ((120, 140), (140, 141)):
+            positions = (mask[:, :last].cumsum(1) - 1)[:, first:]
+            options = {"attention_mask": mask[:, :last], "position_ids": positions}
+            logits.append(model(ids[:, first:last], past_key_values=cache, **options).logits)
+        return torch.cat(logits, 1)
+
+    with torch.no_grad():
+        go_on(other, ids.flip(0))
+        assert torch.equal(go_on(loaded, ids), go_on(cache, ids))
 
 
 def test_padding_between_turns() -> None:

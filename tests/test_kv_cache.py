@@ -1,6 +1,7 @@
 """KVCache: every page is where it belongs and holds what was appended, sequences do not disturb one another."""
 
 import math
+import pickle
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -359,6 +360,18 @@ def test_repr_says_how_long_and_how_large() -> None:
         f'KVCache("u3/u2", lengths [160, 32], {cache.bits_per_element:.2f} bits per element, '
         f"{cache.nbytes / 1e6:.2f} MB)"
     )
+
+
+@pytest.mark.parametrize("format", ["bf16", "u3/u2"])
+def test_a_pickled_cache_goes_on(format: str) -> None:
+    model = Model(2, format, page_size=16, sink_tokens=16, recent_tokens=16, transform=transform())
+    model.append(100, [100, 60])
+    first, model.cache = model.cache, pickle.loads(pickle.dumps(model.cache))
+    model.check()
+    model.append(30)
+    model.crop([90, 11])
+    model.check()
+    assert first.seq_lens.tolist() == [100, 60]
 
 
 def test_read_gives_what_was_appended() -> None:

@@ -15,11 +15,11 @@ is not attached works with a KVCache too, but decodes all of it at every step, a
 Tested with transformers 5.23.
 """
 
-import copy
 import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -58,6 +58,28 @@ def attach(model: Model) -> Model:
     return model
 
 
+_Formats = Format | list[Format] | Callable[[int], str | Format]
+
+
+@dataclass
+class _NewLayer:
+    """Makes the layer of a number."""
+
+    formats: _Formats
+    transforms: list[KVTransform | None] | None
+    calibrate: bool
+
+    def __call__(self, index: int) -> Layer:
+        for name, given in (("format", self.formats), ("transforms", self.transforms)):
+            if isinstance(given, list) and index >= len(given):
+                raise ValueError(f"KVCache: {name} has {len(given)} entries, but the model a layer {index}")
+        if isinstance(self.formats, Format):
+            fmt = self.formats
+        else:
+            fmt = self.formats[index] if isinstance(self.formats, list) else parse_format(self.formats(index))
+        return Layer(index, fmt, None if self.transforms is None else self.transforms[index], self.calibrate)
+
+
 class KVCache(Cache):
     """Keys and values of all layers, packed as they age: `past_key_values=KVCache()`.
 
@@ -76,8 +98,8 @@ class KVCache(Cache):
 
     Takes what transformers' caches take: batches with padding (padding is not stored), beam search (sequences share
     pages), assisted generation (crop), several turns, sliding windows (pages that no query will see are given up),
-    softcapped scores, attention sinks, reset(). Packed formats need head dims of 64, 128 or 256; the ValueError for
-    others comes with the first keys.
+    softcapped scores, attention sinks, reset(), copy.deepcopy and pickle. Packed formats need head dims of
+    64, 128 or 256; the ValueError for others comes with the first keys.
 
     A step that fails before the first layer has stored it, for want of memory too, leaves the cache as it was; one that
     was broken off later asks for reset().
@@ -107,28 +129,18 @@ class KVCache(Cache):
         for name, value, least in (("sink_tokens", sink_tokens, 0), ("recent_tokens", recent_tokens, 0)):
             if value < least:
                 raise ValueError(f"KVCache: {name} must be at least {least}; got {value}")
-        for index, given in enumerate(transforms or ()):
-            if given is not None and not isinstance(given, KVTransform):
+        for i, transform in enumerate(transforms or ()):
+            if transform is not None and not isinstance(transform, KVTransform):
                 raise TypeError(
-                    f"KVCache: transforms[{index}] must be a KVTransform or None; got {type(given).__name__}"
+                    f"KVCache: transforms[{i}] must be a KVTransform or None; got {type(transform).__name__}"
                 )
-        formats: list[Format] | None = None
+        formats: _Formats
         if isinstance(format, (str, Format)):
-            one = parse_format(format)
-        elif not callable(format):
-            formats = [parse_format(f) for f in format]
-
-        def layer(index: int) -> Layer:
-            for name, given in (("format", formats), ("transforms", transforms)):
-                if given is not None and index >= len(given):
-                    raise ValueError(f"KVCache: {name} has {len(given)} entries, but the model a layer {index}")
-            if callable(format):
-                fmt = parse_format(format(index))
-            else:
-                fmt = one if formats is None else formats[index]
-            return Layer(index, fmt, None if transforms is None else transforms[index], calibrate)
-
-        self.pages = ModelPages(layer, page_size, sink_tokens, recent_tokens, dtype)
+            formats = parse_format(format)
+        else:
+            formats = format if callable(format) else [parse_format(f) for f in format]
+        given = None if transforms is None else list(transforms)
+        self.pages = ModelPages(_NewLayer(formats, given, calibrate), page_size, sink_tokens, recent_tokens, dtype)
         self._warned = False
         self._register()
 
@@ -137,13 +149,10 @@ class KVCache(Cache):
         self.number = torch.tensor(number)
         _caches[number] = self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
-        """A cache of the same text, say of a prompt that several continuations share."""
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        copied._register()
-        return copied
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copied or loaded, say of a prompt that several continuations share, it goes on by itself."""
+        self.__dict__.update(state)
+        self._register()
 
     @property
     def transforms(self) -> list[KVTransform | None]:
