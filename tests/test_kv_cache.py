@@ -489,7 +489,7 @@ def test_inference_mode_may_come_and_go() -> None:
                 model.reset([0])
     model.check()
     with torch.inference_mode():
-        cache = kk.KVCache(2, HEADS, HEAD_DIM, max_tokens=99)
+        cache = kk.KVCache(2, HEADS, HEAD_DIM, "u2", max_tokens=99)
     x = torch.zeros(2, HEADS, HEAD_DIM)
     cache.append(x, x)
 
@@ -508,7 +508,7 @@ def test_inference_mode_may_come_and_go() -> None:
 )
 def test_constructor_errors(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        kk.KVCache(**{"batch": 1, "num_kv_heads": 2, "head_dim": 64, **options})
+        kk.KVCache(**{"batch": 1, "num_kv_heads": 2, "head_dim": 64, "format": "u2", **options})
 
 
 @pytest.mark.once
@@ -524,7 +524,7 @@ def test_constructor_errors(options: dict, message: str) -> None:
     ],
 )
 def test_append_errors(shape: tuple, v_shape: tuple, lengths: list[int] | None, message: str) -> None:
-    cache = kk.KVCache(2, 2, 64)
+    cache = kk.KVCache(2, 2, 64, "u2")
     with pytest.raises(ValueError, match=message):
         cache.append(torch.zeros(shape), torch.zeros(v_shape), lengths)
     assert cache.seq_lens.tolist() == [0, 0]
@@ -532,21 +532,25 @@ def test_append_errors(shape: tuple, v_shape: tuple, lengths: list[int] | None, 
 
 @pytest.mark.once
 def test_other_errors() -> None:
-    cache = kk.KVCache(2, 2, 64)
+    cache = kk.KVCache(2, 2, 64, "u2")
     x = torch.zeros(2, 2, 64)
     with pytest.raises(TypeError, match="dtype must be bfloat16 or float16; got"):
-        kk.KVCache(2, 2, 64, dtype=torch.float32)
+        kk.KVCache(2, 2, 64, "u2", dtype=torch.float32)
+    with pytest.raises(TypeError, match="format"):
+        kk.KVCache(2, 2, 64)
     with pytest.raises(TypeError, match="v must be a tensor; got list"):
         cache.append(x, [1])
     with pytest.raises(TypeError, match="k must be floating point"):
         cache.append(x.int(), x)
     with pytest.raises(ValueError, match="k requires grad"):
         cache.append(x.clone().requires_grad_(), x)
-    with pytest.raises(ValueError, match=r"fork: rows must be 0 to 1; got \[2\]"):
+    with pytest.raises(ValueError, match=r"fork: src_rows must be 0 to 1; got \[2\]"):
         cache.fork([2])
     with pytest.raises(ValueError, match="at least one row"):
         cache.fork([])
     with pytest.raises(ValueError, match=r"reset: rows must be 0 to 1; got \[-1\]"):
         cache.reset([-1])
+    cache.append(x[:, None][:, :0], x[:, None][:, :0])
+    cache.reset([])
     assert cache.seq_lens.tolist() == [0, 0]
     assert not any(NO_PAGE in row for row in cache._paging.rows)

@@ -126,7 +126,8 @@ class KVCache:
     its 16-bit page is then used again. Any format serves, those that code a page at once too.
 
     batch, num_kv_heads, head_dim: of the keys and values
-    format:        of the middle: a name, a pair like "u3/u2", or a Format; "bf16" with dtype bfloat16 packs nothing
+    format:        of the middle: a name, a pair like "u3/u2", or a Format; "bf16" with dtype bfloat16 packs nothing.
+                   With a transform `preset(bits)`, without one "u4": keys in fewer bits want their basis
     page_size:     tokens per page
     sink_tokens, recent_tokens: at least 0. Centred keys need their sinks in 16 bits, see `calibrate_keys`
     max_tokens:    longest sequence. If given, all memory for `batch` of them is taken now; if None, it grows on demand
@@ -142,7 +143,7 @@ class KVCache:
         batch: int,
         num_kv_heads: int,
         head_dim: int,
-        format: str | Format = "u2",
+        format: str | Format,
         *,
         page_size: int = 64,
         sink_tokens: int = 64,
@@ -263,16 +264,16 @@ class KVCache:
             raise
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Empty these sequences (None: all) and free their pages."""
-        self._paging.reset(self._check_rows("reset", range(self._batch) if rows is None else rows))
+        """Empty these sequences (None: all; an empty list: none) and free their pages."""
+        self._paging.reset(self._check_rows("reset: rows", range(self._batch) if rows is None else rows))
 
     def fork(self, src_rows: Sequence[int] | Tensor) -> None:
         """Make sequence i a copy of what sequence src_rows[i] is now, for beam search. The batch becomes len(src_rows).
 
         No page is copied here: sequences share them. Only a last page that is not full is copied, once one of its
-        sequences appends to it.
+        sequences appends to it. ValueError: no rows, or one that is not there.
         """
-        src = self._check_rows("fork", src_rows)
+        src = self._check_rows("fork: src_rows", src_rows)
         if not src:
             raise ValueError("KVCache.fork: src_rows must name at least one row")
         self._paging.fork(src)
@@ -323,5 +324,5 @@ class KVCache:
     def _check_rows(self, what: str, rows: Sequence[int] | Tensor) -> list[int]:
         given = [int(i) for i in (rows.tolist() if isinstance(rows, Tensor) else rows)]
         if not all(0 <= i < self._batch for i in given):
-            raise ValueError(f"KVCache.{what}: rows must be 0 to {self._batch - 1}; got {given}")
+            raise ValueError(f"KVCache.{what} must be 0 to {self._batch - 1}; got {given}")
         return given
