@@ -1,15 +1,18 @@
 """What every op does with the arguments it is given, over all ops: tensors it writes, values of a wrong type."""
 
-from typing import Any
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, get_type_hints
 
 import pytest
 import torch
-from backends import on_cpu_only
+from backends import Q_DTYPE, on_cpu_only
 from conftest import tensors_of, to_device
 from torch import Tensor
 
 import kvkernels as kk
-from kvkernels.ops import OPS, _scores
+from kvkernels.ops import OPS, _scores, delta_rule_step, merge_states
 
 # Where a wrapper finds its op; the rest are made of those.
 FOUND: dict[str, tuple[Any, str]] = {name: (op, "_op") for name, op in OPS.items() if hasattr(op, "_op")}
@@ -70,3 +73,99 @@ def test_a_changed_tensor_has_no_gradient() -> None:
         pool = pool.clone()
     with torch.no_grad():
         step()  # a tensor of inference mode counts nothing
+
+
+Q = torch.zeros(1)
+# Of an annotation, as it is or with None: values of a wrong type.
+WRONG: dict[Any, tuple[Any, ...]] = {
+    Tensor: ([[0]], "a", 1.0),
+    int: ("a", 1.5, [1]),
+    float: ("a", [1.0]),
+    str: (3,),
+    torch.dtype: ("float32",),
+    tuple[int, int]: (5, (5.0, 0), (5,), None),
+    Sequence[int]: (5, torch.zeros(2), (0.5,)),
+    tuple[Tensor, Tensor, Tensor]: (5, "a", (Q, None, Q)),
+    tuple[Tensor, Tensor]: (5, (Q,), (Q, None)),
+    delta_rule_step.Gate: ((None, None, 0.0), (Q, 1.0, 0.0), (Q, None, "a")),
+    merge_states.States: (5, None, [1.0, 2.0]),
+    kk.PagedKV: (None, (Q,), Q),
+    kk.PageSummaries: ((Q,), Q),
+    kk.PageSummaries | kk.PagedKV: (None, Q),
+    kk.Offloaded: (None, Q),
+    kk.Plan: (5, (Q, None, Q)),
+}
+
+
+def wrong_arguments() -> Iterator[tuple[str, str, Any]]:
+    for name in OPS:
+        for argument, hint in get_type_hints(getattr(kk, name)).items():
+            if argument == "return" or hint is bool:
+                continue
+            some = [kind for kind in WRONG if hint in (kind, kind | None)]
+            assert some, f"{name}: {argument}: {hint}"
+            yield from ((name, argument, value) for value in WRONG[some[0]])
+            if hint is Tensor:
+                yield name, argument, None
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("name", "argument", "value"), [*wrong_arguments()])
+def test_a_wrong_type_is_named(name: str, argument: str, value: Any) -> None:
+    function = getattr(kk, name)
+    args, options = OPS[name].make(OPS[name].cases()[0])
+    call = inspect.signature(function).bind(*args, **options).arguments
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: {argument}\S* must be .+got "):
+        function(**{**call, argument: value})
+
+
+def attention(**change: Any) -> None:
+    """quant_attention of 2 sequences, 4 query heads, 2 KV heads, D 64, with one argument changed."""
+    kv = kk.PagedKV.empty("u2", 3, 2, 64, 16)
+    table, lens = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    good = {"q": torch.zeros(2, 4, 64, dtype=Q_DTYPE), "kv": kv, "page_table": table, "seq_lens": lens}
+    if "in_kv" in change:
+        change = {"kv": kv._replace(**change["in_kv"])}
+    kk.quant_attention(**{**good, **change})  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.tensor(1.0)}, "q must have more dims, got []"),
+        ({"q": torch.zeros(2, 4, 0)}, "q must not be empty in its last dim, got [2, 4, 0]"),
+        ({"page_table": [[0]]}, "page_table must be a tensor, got [[0]]"),
+        ({"softcap": None}, "softcap must be a number, got None"),
+        ({"window": 5}, "window must be 2 ints, got 5"),
+        ({"window": (5.0, 0)}, "window[0] must be an int, got 5.0"),
+        ({"head_map": torch.zeros(4)}, "head_map must be a sequence of ints or None, got Tensor"),
+        ({"extra": 5}, "extra must be 3 tensors or None, got 5"),
+        ({"in_kv": {"formats": ("u2",)}}, "kv.formats[0] must be a Format, got 'u2'"),
+        ({"in_kv": {"transform": (Q, Q)}}, "kv.transform must be a KVTransform or None, got (Tensor, Tensor)"),
+        ({"in_kv": {"page_size": 16.0}}, "kv.page_size must be an int, got 16.0"),
+        ({"in_kv": {"pools": (None,)}}, "kv.pools[0] must be a tensor or 2 tensors, got None"),
+    ],
+)
+def test_wrong_types_in_words(change: dict[str, Any], message: str) -> None:
+    attention()
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"quant_attention: {message}") + "$"):
+        attention(**change)
+
+
+def test_refusals_are_in_the_name_of_the_function_that_was_called() -> None:
+    (q, kv, table, lens), _ = OPS["quant_attention"].make(OPS["quant_attention"].cases()[0])
+    with pytest.raises(ValueError, match=r"^prefix_attention: page_table is too narrow"):
+        kk.prefix_attention(q, kv, table[:, :0], lens)
+    with pytest.raises(ValueError, match=r"^prefix_attention: sinks must be float32"):
+        kk.prefix_attention(q, kv, table, lens, sinks=torch.zeros(q.shape[1]).half())
+    k = torch.zeros(1, 4, 2, 32)
+    with pytest.raises(ValueError, match=r"^delta_context: v must be float32 like k"):
+        kk.delta_context(k, k.half(), None)
+    with pytest.raises(TypeError, match=r"^delta_context: g must be a tensor or None, got 0\.5"):
+        kk.delta_context(k, k, None, 0.5)  # type: ignore[arg-type]
+
+
+def test_memory_that_is_not_there_is_torch_s_own_error() -> None:
+    scores, lens = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="allocate"):
+        kk.select_pages(scores, lens, 1 << 60, page_size=16)

@@ -210,6 +210,9 @@ ATTENTION: list[tuple[Args, str]] = [
     # options
     ({"scale": float("nan")}, "scale is NaN"),
     ({"window": (8, 4)}, "window = (8, 4): attention is causal, so right must be -1 or 0"),
+    ({"window": (3, -7)}, "window = (3, -7): attention is causal, so right must be -1 or 0"),
+    ({"window": (-5, 0)}, "window = (-5, 0): left must be at least 0, or -1 for all"),
+    ({"split_tokens": 0}, "split_tokens must be a positive multiple of 16 (or None), got 0"),
     ({"softcap": -1.0}, "softcap must be positive, or 0 for none; got -1"),
     ({"softcap": float("nan")}, "softcap must be positive, or 0 for none; got nan"),
     ({"split_tokens": 24}, "split_tokens must be a positive multiple of 16 (or None), got 24"),
@@ -283,6 +286,9 @@ DECODE: list[tuple[Args, str]] = [
     ({"seq_lens": LENS.long()}, "seq_lens must be int32, got int64"),
     ({"seq_lens": LENS - 2}, "seq_lens[0] = -1 is negative"),
     ({"window": (8, 4)}, "window = (8, 4): attention is causal, so right must be -1 or 0"),
+    ({"window": (3, -7)}, "window = (3, -7): attention is causal, so right must be -1 or 0"),
+    ({"window": (-5, 0)}, "window = (-5, 0): left must be at least 0, or -1 for all"),
+    ({"split_tokens": 0}, "split_tokens must be a positive multiple of 16 (or None), got 0"),
     ({"sinks": torch.zeros(2)}, "sinks must be [Hq], got [2]; Hq = 6 from q.size(1)"),
     ({"out": Q.half()}, f"out must be {Q_NAME} like q, got float16"),
     *OPTIONS,
@@ -419,6 +425,9 @@ MERGE: list[tuple[Args, str]] = [
     ({"outs": gaps(OUTS)}, "outs must be contiguous in its last dim"),
     ({"outs": meta(OUTS)}, "is on cpu, but outs[0] is on meta"),
     ({"outs": torch.zeros(3, 4, 6, 64, requires_grad=True)}, "outs requires grad"),
+    ({"outs": [], "lses": []}, "outs must be a tensor or a sequence of at least one, got none"),
+    ({"outs": [*OUTS[:1]] * 16 + [OUTS[0].half()], "lses": [*LSES[:1]] * 17}, "outs[16] must be float32 [4, 6, 64] like outs[0], got float16 [4, 6, 64]"),
+    ({"lses": [*LSES[:2], LSES[2, 0]]}, "lses[2] must be float32 [4, 6] like lses[0], got float32 [6]"),
     ({"outs": [*OUTS], "lses": [*LSES[:2]]}, "outs has 3 tensors and lses 2"),
     ({"outs": [*OUTS[:2], OUTS[2, :3]], "lses": [*LSES]}, "outs must be outs[0].shape = [4, 6, 64], got [3, 6, 64]"),
     ({"outs": [*OUTS[:2], OUTS[2].half()], "lses": [*LSES]}, "outs must be float32 like outs, got float16"),
@@ -458,6 +467,7 @@ SPARSE: list[tuple[Args, str]] = [
     *((change, message) for change, message in (*ATTENTION, *OPTIONS) if not {"plan", "window"} & set(change)),
     *LISTS,
     ({"window": (8, 1)}, "window = (8, 1): attention is causal, so right must be -1 or 0"),
+    ({"window": (-2, 0)}, "window = (-2, 0): left must be at least 0, or -1 for all"),
     ({"pages": None}, "one of pages and tokens must be given, got none"),
     ({"tokens": TOKENS}, "one of pages and tokens must be given, got both"),
     ({"pages": None, "tokens": TOKENS, "entries": PAGES}, "entries are those of pages, and cannot go together with tokens"),
@@ -697,6 +707,7 @@ def of_step(tensors: Args) -> list[tuple[Args, str]]:
         ({"erase": write}, f"erase must be [B, {t}HV, K], got "),
         ({"erase": gaps(erase)}, "erase must be contiguous in its last dim"),
         ({"write": erase}, f"write must be [B, {t}HV, V], got "),
+        ({"scale": float("nan")}, "scale is NaN"),
         ({"beta_rule": "cubic"}, "beta_rule must be one of raw, sigmoid, sigmoid2, kaczmarz; got 'cubic'"),
     ]  # fmt: skip
 
@@ -938,23 +949,6 @@ def test_op_without_wrapper(change: Args, message: str) -> None:
     read_op()
     with pytest.raises(BELOW, match="read_kv: " + re.escape(message)):
         read_op(**change)
-
-
-def test_not_a_tensor() -> None:
-    with pytest.raises(TypeError, match="quant_attention: q must be a tensor, got list"):
-        kk.quant_attention([1.0], cache(), TABLE, LENS)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="quant_attention: kv must be a PagedKV, got tuple"):
-        kk.quant_attention(Q, tuple(cache()), TABLE, LENS)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="flash_decode: q must be a tensor, got NoneType"):
-        kk.flash_decode(None, K, V, TABLE, LENS)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="delta_rule: k must be a tensor, got NoneType"):
-        kk.delta_rule(**delta(k=None))
-    with pytest.raises(TypeError, match="delta_rule: g must be a tensor or None, got float"):
-        kk.delta_rule(**delta(g=0.0))
-    with pytest.raises(TypeError, match="delta_rule_step: slots must be a tensor, got list"):
-        kk.delta_rule_step(**delta_step(slots=[0, 1, 2]))
-    with pytest.raises(TypeError, match="fwht: x must be a tensor, got float"):
-        kk.fwht(1.0)  # type: ignore[arg-type]
 
 
 def test_grad_is_refused_in_grad_mode_only() -> None:

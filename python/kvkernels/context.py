@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kvkernels.ops._delta import product as _product
+from kvkernels.ops._refusal import refused
 from kvkernels.ops.delta_rule import _delta_rule
 
 
@@ -103,17 +104,20 @@ def delta_context(
     Errors as in delta_rule. Source: Sun et al. 2025, arXiv:2502.07563 (LASP-2); the context parallelism of
     flash-linear-attention.
     """
+    try:
 
-    def final_state(v: Tensor, write: Tensor | None, initial_state: Tensor | None) -> Tensor:
-        state = _delta_rule(
-            None, k, v, beta, g, erase=erase, write=write, initial_state=initial_state, output_final_state=True,
-            cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm, beta_rule=beta_rule, chunk_size=chunk_size,
-        )[1]  # fmt: skip
-        assert state is not None
-        return state
+        def final_state(v: Tensor, write: Tensor | None, initial_state: Tensor | None) -> Tensor:
+            state = _delta_rule(
+                None, k, v, beta, g, erase=erase, write=write, initial_state=initial_state, output_final_state=True,
+                cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm, beta_rule=beta_rule, chunk_size=chunk_size,
+            )[1]  # fmt: skip
+            assert state is not None
+            return state
 
-    state = final_state(v, write, None)
-    K = k.shape[-1]
-    nothing = v.new_zeros(K).expand(*v.shape[:-1], K)
-    unit = torch.eye(K, dtype=torch.float32, device=k.device).expand(*state.shape[:2], K, K).contiguous()
-    return DeltaContext(state, final_state(nothing, None, unit))
+        state = final_state(v, write, None)
+        K = k.shape[-1]
+        nothing = v.new_zeros(K).expand(*v.shape[:-1], K)
+        unit = torch.eye(K, dtype=torch.float32, device=k.device).expand(*state.shape[:2], K, K).contiguous()
+        return DeltaContext(state, final_state(nothing, None, unit))
+    except Exception as e:
+        raise refused(delta_context, e, locals(), "delta_rule") from None

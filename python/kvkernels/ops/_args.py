@@ -66,6 +66,16 @@ def parts(extra: Sequence[Tensor] | None, plan: Sequence[Tensor] | None) -> dict
     return named
 
 
+def bad_window(op: str, left: int, right: int) -> NoReturn:
+    rule = "left must be at least 0, or -1 for all" if left < -1 else "attention is causal, so right must be -1 or 0"
+    raise ValueError(f"{op}: window = ({left}, {right}): {rule}")
+
+
+def no_split(op: str) -> NoReturn:
+    """0 is how the op is told None."""
+    raise ValueError(f"{op}: split_tokens must be a positive multiple of 16 (or None), got 0")
+
+
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:
     """For grad mode: an op without a backward must not be asked for one in silence."""
     for name, t in tensors.items():
@@ -81,15 +91,6 @@ def written(*tensors: Tensor | None) -> None:
     that has saved one of them then refuses to run, where it would compute a wrong gradient."""
     if not torch.compiler.is_compiling():  # functionalisation counts there
         increment_version([t for t in tensors if t is not None and not t.is_inference()])  # such have no counter
-
-
-def refused(op: str, e: RuntimeError) -> Exception:
-    """A refusal by the C++ checks as ValueError: torch 2.15 makes a RuntimeError of std::invalid_argument."""
-    return ValueError(str(e)) if str(e).startswith(f"{op}: ") else e
-
-
-def no_tensor(op: str, name: str, got: object, expected: str = "a tensor") -> NoReturn:
-    raise TypeError(f"{op}: {name} must be {expected}, got {type(got).__name__}")
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:

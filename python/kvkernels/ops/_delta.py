@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvkernels.ops import _args
-
 BETA_RULES = {"raw": 0, "sigmoid": 1, "sigmoid2": 2, "kaczmarz": 3}  # BetaRule
 L2NORM_EPS = KACZMARZ_EPS = 1e-6
 
@@ -17,15 +15,6 @@ def option(op: str, name: str, value: str, numbers: Mapping[str, int]) -> int:
     if value not in numbers:
         raise ValueError(f"{op}: {name} must be one of {', '.join(numbers)}; got {value!r}")
     return numbers[value]
-
-
-def check_tensors(op: str, required: dict[str, Any], optional: dict[str, Any]) -> None:
-    for name, t in required.items():
-        if not isinstance(t, Tensor):
-            _args.no_tensor(op, name, t)
-    for name, t in optional.items():
-        if not (t is None or isinstance(t, Tensor)):
-            _args.no_tensor(op, name, t, "a tensor or None")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ _score_tokens = torch.ops.kvkernels.score_tokens.default
 def prepare(op: str, q: Tensor, reduce: str, scale: float | None, heads: int, n: int, out: Tensor | None,
             ) -> tuple[float, int, Tensor]:  # fmt: skip
     """Scale and number of the reduction as the ops take them, and where to write n scores of each sequence and head."""
-    if not isinstance(q, Tensor):
-        _args.no_tensor(op, "q", q)
     if reduce not in REDUCES:
         raise ValueError(f"{op}: reduce must be one of {', '.join(REDUCES)}; got {reduce!r}")
     if torch.is_grad_enabled():
@@ -51,11 +49,8 @@ def of_tokens(op: str, q: Tensor, source: PageSummaries | PagedKV, page_table: T
     width = page_table.shape[-1] * (1 if best else page_size)
     heads = tensors[0].shape[1] if tensors else 1
     scale, number, out = prepare(op, q, reduce, scale, heads, width, out)
-    try:
-        _score_tokens(q, tensors, codes, page_size, centre, balance, order, channels, bits, page_table, seq_lens, scale,
-                      number, best, out)  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused(op, e) from None
+    _score_tokens(q, tensors, codes, page_size, centre, balance, order, channels, bits, page_table, seq_lens, scale,
+                  number, best, out)  # fmt: skip
     _args.written(out)
     return out
 

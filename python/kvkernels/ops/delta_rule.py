@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.ops import _args, _delta
+from kvkernels.ops._refusal import refused
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = ()
@@ -80,17 +81,18 @@ def delta_rule(
     Source: Yang et al. 2024, arXiv:2406.06484 (DeltaNet in chunks), arXiv:2412.06464 (Gated DeltaNet); Kimi Team 2025,
     arXiv:2510.26692 (KDA); Grazzi et al. 2024, arXiv:2411.12537 (negative eigenvalues).
     """
-    if not isinstance(q, Tensor):
-        _args.no_tensor("delta_rule", "q", q)
-    o, final_state, checkpoints = _delta_rule(
-        q, k, v, beta, g, erase=erase, write=write, scale=scale, initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm, beta_rule=beta_rule,
-        chunk_size=chunk_size, checkpoint_every=checkpoint_every, mode=mode,
-    )  # fmt: skip
-    assert o is not None
-    if checkpoints is not None:
-        return o, final_state, checkpoints
-    return (o, final_state) if output_final_state else o
+    try:
+        o, final_state, checkpoints = _delta_rule(
+            q, k, v, beta, g, erase=erase, write=write, scale=scale, initial_state=initial_state,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm, beta_rule=beta_rule,
+            chunk_size=chunk_size, checkpoint_every=checkpoint_every, mode=mode,
+        )  # fmt: skip
+        assert o is not None
+        if checkpoints is not None:
+            return o, final_state, checkpoints
+        return (o, final_state) if output_final_state else o
+    except Exception as e:
+        raise refused(delta_rule, e, locals()) from None
 
 
 def _delta_rule(
@@ -113,12 +115,12 @@ def _delta_rule(
     mode: str = "chunk",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """o, final_state, checkpoints, each None unless asked for. Without q only states are computed."""
-    optional = {"q": q, "beta": beta, "g": g, "erase": erase, "write": write, "initial_state": initial_state}
-    _delta.check_tensors("delta_rule", {"k": k, "v": v}, {**optional, "cu_seqlens": cu_seqlens})
     rule = _delta.option("delta_rule", "beta_rule", beta_rule, _delta.BETA_RULES)
     recurrent = bool(_delta.option("delta_rule", "mode", mode, MODES))
     if scale is None:
         scale = k.shape[-1] ** -0.5 if k.dim() and k.shape[-1] else 1.0
+    elif scale != scale:
+        raise ValueError("delta_rule: scale is NaN")
     if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = str(cu_seqlens.dtype).removeprefix("torch.")
         raise ValueError(f"delta_rule: cu_seqlens must be int32 or int64, got {kind}")
@@ -129,16 +131,13 @@ def _delta_rule(
         not every
         and k.device.type == "cpu"  # on CUDA the backward pass makes all of them again
         and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (k, v, *optional.values()))
+        and any(t is not None and t.requires_grad for t in (q, k, v, beta, g, erase, write, initial_state))
     ):
         every = KEPT_EVERY
-    try:
-        o, final_state, checkpoints = _op(
-            q, k, v, beta, g, erase, write, initial_state, cu_seqlens, scale, qk_l2norm, rule, chunk_size, every,
-            output_final_state, recurrent,
-        )  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused("delta_rule", e) from None
+    o, final_state, checkpoints = _op(
+        q, k, v, beta, g, erase, write, initial_state, cu_seqlens, scale, qk_l2norm, rule, chunk_size, every,
+        output_final_state, recurrent,
+    )  # fmt: skip
     return (
         None if q is None else o,
         final_state if output_final_state else None,

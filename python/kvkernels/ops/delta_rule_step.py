@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.ops import _args, _delta
+from kvkernels.ops._refusal import refused
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = ()
@@ -64,25 +65,26 @@ def delta_rule_step(
 
     Source: as delta_rule; the fused gates, Yang et al. 2024, arXiv:2412.06464 and Kimi Team 2025, arXiv:2510.26692.
     """
-    a_log, dt_bias, lower_bound = _gate(gate)
-    optional = {"beta": beta, "g": g, "erase": erase, "write": write, "out_slots": out_slots, "parents": parents,
-                "gate A_log": a_log, "gate dt_bias": dt_bias, "out": out}  # fmt: skip
-    required = {"q": q, "k": k, "v": v, "state": state, "slots": slots}
-    _delta.check_tensors("delta_rule_step", required, optional)
-    rule = _delta.option("delta_rule_step", "beta_rule", beta_rule, _delta.BETA_RULES)
-    if torch.is_grad_enabled():
-        _args.refuse_grad("delta_rule_step", **required, **optional)
-    if scale is None:
-        scale = k.shape[-1] ** -0.5 if k.dim() and k.shape[-1] else 1.0
-    if out is None:
-        out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     try:
+        a_log, dt_bias, lower_bound = _gate(gate)
+        optional = {"beta": beta, "g": g, "erase": erase, "write": write, "out_slots": out_slots, "parents": parents,
+                    "gate A_log": a_log, "gate dt_bias": dt_bias, "out": out}  # fmt: skip
+        required = {"q": q, "k": k, "v": v, "state": state, "slots": slots}
+        rule = _delta.option("delta_rule_step", "beta_rule", beta_rule, _delta.BETA_RULES)
+        if torch.is_grad_enabled():
+            _args.refuse_grad("delta_rule_step", **required, **optional)
+        if scale is None:
+            scale = k.shape[-1] ** -0.5 if k.dim() and k.shape[-1] else 1.0
+        elif scale != scale:
+            raise ValueError("delta_rule_step: scale is NaN")
+        if out is None:
+            out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
         _op(q, k, v, beta, g, erase, write, state, slots, out_slots, parents, a_log, dt_bias, lower_bound, scale,
             qk_l2norm, rule, out)  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused("delta_rule_step", e) from None
-    _args.written(state, out)
-    return out
+        _args.written(state, out)
+        return out
+    except Exception as e:
+        raise refused(delta_rule_step, e, locals()) from None
 
 
 def _gate(gate: Gate | None) -> tuple[Tensor | None, Tensor | None, float]:
@@ -90,8 +92,8 @@ def _gate(gate: Gate | None) -> tuple[Tensor | None, Tensor | None, float]:
         return None, None, 0.0
     if not isinstance(gate, (tuple, list)) or len(gate) != 3:
         raise ValueError("delta_rule_step: gate must be (A_log, dt_bias or None, lower_bound or 0.0)")
-    if not isinstance(gate[0], Tensor):
-        _args.no_tensor("delta_rule_step", "gate A_log", gate[0])
+    if gate[0] is None:  # which the op takes for no gate
+        raise TypeError("delta_rule_step: gate[0] must be a tensor, got None")
     return gate[0], gate[1], float(gate[2])
 
 

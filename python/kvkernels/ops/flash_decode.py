@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.ops import _args, _attention, _reference
+from kvkernels.ops._refusal import refused
 from kvkernels.plan import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,36 +135,38 @@ def flash_decode(
     head_windows as in StreamingLLM, arXiv:2309.17453, and DuoAttention, arXiv:2410.10819; extra as the compensation
     token of RazorAttention, arXiv:2407.15891; sinks as in gpt-oss; softcap as in Gemma 2, arXiv:2408.00118.
     """
-    if not isinstance(q, Tensor):
-        _args.no_tensor("flash_decode", "q", q)
-    left, right = window
-    if right > 0:
-        raise ValueError(f"flash_decode: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-        or sinks is not None or alibi_slopes is not None or out is not None
-    ):  # fmt: skip
-        _args.refuse_grad("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache,
-                          sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
-    if extra is not None and torch.is_grad_enabled():
-        _args.refuse_grad("flash_decode", **_args.parts(extra, None))
-    given = out
-    if out is None:
-        D, Dv = MLA
-        wide = q.shape[-1] == D
-        out = torch.empty((*q.shape[:-1], Dv), dtype=q.dtype, device=q.device) if wide else torch.empty_like(q)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     try:
+        left, right = window
+        if left < -1 or right not in (-1, 0):
+            _args.bad_window("flash_decode", left, right)
+        if torch.is_grad_enabled() and (
+            q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+            or sinks is not None or alibi_slopes is not None or out is not None
+        ):  # fmt: skip
+            _args.refuse_grad("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache,
+                              sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
+        if extra is not None and torch.is_grad_enabled():
+            _args.refuse_grad("flash_decode", **_args.parts(extra, None))
+        given = out
+        if out is None:
+            D, Dv = MLA
+            wide = q.shape[-1] == D
+            out = torch.empty((*q.shape[:-1], Dv), dtype=q.dtype, device=q.device) if wide else torch.empty_like(q)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+        if scale is None:
+            scale = q.shape[-1] ** -0.5
+        if split_tokens is None:
+            split_tokens = 0
+        elif split_tokens == 0:
+            _args.no_split("flash_decode")
         _op(q, k_cache, v_cache, block_table, seq_lens, scale, left, softcap, sinks, alibi_slopes,
-            0 if split_tokens is None else split_tokens, tree_mask, head_windows, extra, head_map,
+            split_tokens, tree_mask, head_windows, extra, head_map,
             plan, out, lse)  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused("flash_decode", e) from None
-    if given is not None:
-        _args.written(given)
-    return out if lse is None else (out, lse)
+        if given is not None:
+            _args.written(given)
+        return out if lse is None else (out, lse)
+    except Exception as e:
+        raise refused(flash_decode, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::flash_decode")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.formats._hadamard import hadamard_matrix
-from kvkernels.ops import _args
+from kvkernels.ops._refusal import refused
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FORMATS = ()
@@ -28,15 +28,13 @@ def fwht(x: Tensor, scale: float | None = None) -> Tensor:
     H_{2^k} is in Sylvester's order, H_n = H_m (x) H_{2^k} with H_m from Paley's second construction.
     Source: Paley 1933, "On orthogonal matrices", J. Math. Phys. 12.
     """
-    if not isinstance(x, Tensor):
-        _args.no_tensor("fwht", "x", x)
-    if scale is None:
-        n = x.shape[-1] if x.dim() else 1
-        scale = n**-0.5 if n else 1.0
     try:
+        if scale is None:
+            n = x.shape[-1] if x.dim() else 1
+            scale = n**-0.5 if n else 1.0
         return _op(x, scale)
-    except RuntimeError as e:
-        raise _args.refused("fwht", e) from None
+    except Exception as e:
+        raise refused(fwht, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::fwht")

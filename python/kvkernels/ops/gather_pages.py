@@ -8,6 +8,7 @@ from torch import Tensor
 from kvkernels.formats import formats
 from kvkernels.offloaded import Offloaded
 from kvkernels.ops import _args, _reference
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PAGE_BITS, PAGE_MASK
 
 DTYPES = ()  # pages only
@@ -36,19 +37,17 @@ def gather_pages(offloaded: Offloaded, page_table: Tensor, pages: Tensor) -> Ten
 
     Source: Sun et al. 2024, arXiv:2410.21465 (ShadowKV: values in main memory, landmarks on the device).
     """
-    if not isinstance(offloaded, Offloaded):
-        _args.no_tensor("gather_pages", "offloaded", offloaded, "what offload returned")
-    host, cache, slot_of, page_of, hand, pool = offloaded
-    on_gpu = cache.is_cuda and not host.is_cuda
-    if on_gpu and not torch.compiler.is_compiling() and not host.is_pinned():
-        raise ValueError("gather_pages: host must be pinned memory, because cache is on a GPU; got pageable memory")
-    entries = torch.empty((*hand.shape, pages.shape[-1]), dtype=torch.int32, device=hand.device)
     try:
+        host, cache, slot_of, page_of, hand, pool = offloaded
+        on_gpu = cache.is_cuda and not host.is_cuda
+        if on_gpu and not torch.compiler.is_compiling() and not host.is_pinned():
+            raise ValueError("gather_pages: host must be pinned memory, because cache is on a GPU; got pageable memory")
+        entries = torch.empty((*hand.shape, pages.shape[-1]), dtype=torch.int32, device=hand.device)
         _op(host, cache, page_table, pool, pages, slot_of, page_of, hand, entries)
-    except RuntimeError as e:
-        raise _args.refused("gather_pages", e) from None
-    _args.written(cache, slot_of, page_of, hand)
-    return entries
+        _args.written(cache, slot_of, page_of, hand)
+        return entries
+    except Exception as e:
+        raise refused(gather_pages, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::gather_pages")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.ops import _args
+from kvkernels.ops._refusal import refused
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = ()
@@ -28,7 +29,7 @@ def merge_states(
     lse = ln sum_s exp(f_s lse_s), out = sum_s exp(f_s lse_s - lse) out_s with f_s = scale_s * temperature_s, 1 unless
     given. With f = 1 associative: any order of merging gives the same.
 
-    outs         [S, ..., D] float32, float16 or bfloat16, or S tensors [..., D]; a list of up to 16 is not copied
+    outs         [S, ..., D] float32, float16 or bfloat16, or S >= 1 tensors [..., D]; a list of up to 16 is not copied
     lses         likewise [S, ...] float32, or S tensors [...]: natural log of the softmax denominator
     scale        float32 [S] or None
     temperature  float32 [S] or None
@@ -45,26 +46,39 @@ def merge_states(
     Source: Dao et al. 2022, arXiv:2205.14135 (FlashAttention); Ye et al. 2025, arXiv:2501.01005 (FlashInfer); Yang et
     al. 2025, arXiv:2502.05431 (APE: attention temperature and scaling factor).
     """
-    if isinstance(outs, Tensor) or isinstance(lses, Tensor) or not 1 < len(outs) <= MAX_PARTS:
-        outs, lses = ([x if isinstance(x, Tensor) else torch.stack(tuple(x))] for x in (outs, lses))
-    else:
-        outs, lses = list(outs), list(lses)
-    if torch.is_grad_enabled():
-        for x, y in zip(outs, lses):
-            _args.refuse_grad("merge_states", outs=x, lses=y, scale=scale, temperature=temperature)
-    if len(outs) == 1:  # a stack
-        if outs[0].dim() < 2:
-            raise ValueError(f"merge_states: outs must be [S, ..., D], got {list(outs[0].shape)}")
-        shape = outs[0].shape[1:]
-    else:
-        shape = outs[0].shape
-    out = torch.empty(shape, dtype=outs[0].dtype, device=outs[0].device)
-    lse = torch.empty(shape[:-1], dtype=torch.float32, device=outs[0].device)
     try:
+        if isinstance(outs, Tensor) or isinstance(lses, Tensor) or not 1 < len(outs) <= MAX_PARTS:
+            outs, lses = [_stacked("outs", outs)], [_stacked("lses", lses)]
+        else:
+            outs, lses = list(outs), list(lses)
+        if torch.is_grad_enabled():
+            for x, y in zip(outs, lses):
+                _args.refuse_grad("merge_states", outs=x, lses=y, scale=scale, temperature=temperature)
+        if len(outs) == 1:  # a stack
+            if outs[0].dim() < 2:
+                raise ValueError(f"merge_states: outs must be [S, ..., D], got {list(outs[0].shape)}")
+            shape = outs[0].shape[1:]
+        else:
+            shape = outs[0].shape
+        out = torch.empty(shape, dtype=outs[0].dtype, device=outs[0].device)
+        lse = torch.empty(shape[:-1], dtype=torch.float32, device=outs[0].device)
         _op(outs, lses, scale, temperature, out, lse)
-    except RuntimeError as e:
-        raise _args.refused("merge_states", e) from None
-    return out, lse
+        return out, lse
+    except Exception as e:
+        raise refused(merge_states, e, locals()) from None
+
+
+def _stacked(name: str, parts: States) -> Tensor:
+    if isinstance(parts, Tensor):
+        return parts
+    if not parts:
+        raise ValueError(f"merge_states: {name} must be a tensor or a sequence of at least one, got none")
+    first = parts[0]
+    for i, x in enumerate(parts):
+        if (x.dtype, x.shape) != (first.dtype, first.shape):  # torch.stack would promote dtypes
+            kinds = [f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (first, x)]
+            raise ValueError(f"merge_states: {name}[{i}] must be {kinds[0]} like {name}[0], got {kinds[1]}")
+    return torch.stack(tuple(parts))
 
 
 @torch.library.register_fake("kvkernels::merge_states")

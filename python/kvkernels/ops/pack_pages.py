@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvkernels.formats import encode_page, format, formats
 from kvkernels.ops import _args, _reference
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PagedKV
 
 DTYPES = ()  # pages only
@@ -28,17 +29,17 @@ def pack_pages(kv: PagedKV, src: int, dst: int, pairs: Tensor) -> None:
 
     Source: the formats' own definitions, kvkernels/formats.
     """
-    src_first, src_second, src_code = _args.one_pool("pack_pages", kv, src, "src")
-    dst_first, dst_second, dst_code = _args.one_pool("pack_pages", kv, dst, "dst")
-    if torch.is_grad_enabled():
-        _args.refuse_grad("pack_pages", src_k=src_first, src_v=src_second, dst_k=dst_first, dst_v=dst_second)
-    centre, balance, order = kv.transform or _args.NO_TRANSFORM
     try:
+        src_first, src_second, src_code = _args.one_pool("pack_pages", kv, src, "src")
+        dst_first, dst_second, dst_code = _args.one_pool("pack_pages", kv, dst, "dst")
+        if torch.is_grad_enabled():
+            _args.refuse_grad("pack_pages", src_k=src_first, src_v=src_second, dst_k=dst_first, dst_v=dst_second)
+        centre, balance, order = kv.transform or _args.NO_TRANSFORM
         _op(src_first, src_second, src_code, dst_first, dst_second, dst_code, kv.page_size, _args.head_dim(kv), pairs,
             centre, balance, order)  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused("pack_pages", e) from None
-    _args.written(dst_first, dst_second)
+        _args.written(dst_first, dst_second)
+    except Exception as e:
+        raise refused(pack_pages, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::pack_pages")

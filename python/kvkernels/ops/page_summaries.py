@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvkernels.formats import format, formats
 from kvkernels.ops import _args, _reference
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PagedKV, zero_pool
 from kvkernels.summaries import KINDS, PageSummaries, encode, record_bytes
 
@@ -57,42 +58,40 @@ def page_summaries(
     channels, Yang et al. 2024, arXiv:2408.07092 (Double Sparsity); segments, Zhu et al. 2025, arXiv:2504.00970
     (SentenceKV).
     """
-    if not isinstance(kv, PagedKV):
-        _args.no_tensor("page_summaries", "kv", kv, "a PagedKV")
-    if out is not None:
-        for name, given, has in (("kind", kind, out.kind), ("bits", bits, out.bits)):
-            if given is not None and given != has:
-                raise ValueError(f"page_summaries: {name} must be that of out, {has!r}; got {given!r}")
-        kind, bits = out.kind, out.bits
-        channels = out.channels if channels is None else channels
-        segments = out.segments if segments is None else segments
-    kind = "minmax" if kind is None else kind
-    bits = 16 if bits is None else bits
-    if kind not in KINDS:
-        raise ValueError(f"page_summaries: kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    pools, codes = _args.all_pools("page_summaries", kv)
-    if torch.is_grad_enabled():
-        _args.refuse_grad("page_summaries", **{f"pool tensor {i}": pool for i, pool in enumerate(pools)})
-    head_dim, page_size = _args.head_dim(kv), kv.page_size
-    if out is None:
-        size = record_bytes(kind, bits, page_size, head_dim, 0 if channels is None else channels.shape[-1])
-        heads = pools[0].shape[1]
-        if segments is None:
-            counts = [(p[0] if isinstance(p, tuple) else p).shape[0] for p in kv.pools]
-        else:
-            counts = [segments.shape[0] * max(segments.shape[-1] - 1, 0)]
-        records = tuple(_zeros((n, heads, size), pools[0].device) for n in counts)
-        out = PageSummaries(kind, bits, page_size, head_dim, records, channels, segments)
-    else:
-        out = out._replace(channels=channels, segments=segments)
-    centre, balance, order = _args.NO_TRANSFORM if kv.transform is None else kv.transform
     try:
+        if out is not None:
+            for name, given, has in (("kind", kind, out.kind), ("bits", bits, out.bits)):
+                if given is not None and given != has:
+                    raise ValueError(f"page_summaries: {name} must be that of out, {has!r}; got {given!r}")
+            kind, bits = out.kind, out.bits
+            channels = out.channels if channels is None else channels
+            segments = out.segments if segments is None else segments
+        kind = "minmax" if kind is None else kind
+        bits = 16 if bits is None else bits
+        if kind not in KINDS:
+            raise ValueError(f"page_summaries: kind must be one of {', '.join(KINDS)}; got {kind!r}")
+        pools, codes = _args.all_pools("page_summaries", kv)
+        if torch.is_grad_enabled():
+            _args.refuse_grad("page_summaries", **{f"pool tensor {i}": pool for i, pool in enumerate(pools)})
+        head_dim, page_size = _args.head_dim(kv), kv.page_size
+        if out is None:
+            size = record_bytes(kind, bits, page_size, head_dim, 0 if channels is None else channels.shape[-1])
+            heads = pools[0].shape[1]
+            if segments is None:
+                counts = [(p[0] if isinstance(p, tuple) else p).shape[0] for p in kv.pools]
+            else:
+                counts = [segments.shape[0] * max(segments.shape[-1] - 1, 0)]
+            records = tuple(_zeros((n, heads, size), pools[0].device) for n in counts)
+            out = PageSummaries(kind, bits, page_size, head_dim, records, channels, segments)
+        else:
+            out = out._replace(channels=channels, segments=segments)
+        centre, balance, order = _args.NO_TRANSFORM if kv.transform is None else kv.transform
         _op(pools, codes, page_size, head_dim, centre, balance, order, page_table, seq_lens, KINDS.index(kind),
             bits, channels, segments, start, list(out.records))  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused("page_summaries", e) from None
-    _args.written(*out.records)
-    return out
+        _args.written(*out.records)
+        return out
+    except Exception as e:
+        raise refused(page_summaries, e, locals()) from None
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.ops import _args, plan_prefix
+from kvkernels.ops._refusal import refused
 from kvkernels.plan import Plan
 
 DTYPES = (torch.int32,)
@@ -25,14 +26,14 @@ def plan_decode(seq_lens: Tensor) -> Plan:
 
     Source: Sanovar et al. 2024, arXiv:2405.10480 (LeanAttention: one schedule for all lengths).
     """
-    if torch.is_grad_enabled():
-        _args.refuse_grad("plan_decode", seq_lens=seq_lens)
-    plan = plan_prefix.empty_plan(seq_lens)
     try:
+        if torch.is_grad_enabled():
+            _args.refuse_grad("plan_decode", seq_lens=seq_lens)
+        plan = plan_prefix.empty_plan(seq_lens)
         _op(None, seq_lens, 1, 1, 0, *plan)
-    except RuntimeError as e:
-        raise _args.refused("plan_decode", e) from None
-    return plan
+        return plan
+    except Exception as e:
+        raise refused(plan_decode, e, locals()) from None
 
 
 def reference(seq_lens: Tensor, dtype: torch.dtype | None = None) -> Plan:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.ops import _args
+from kvkernels.ops._refusal import refused
 from kvkernels.plan import Plan
 
 DTYPES = (torch.int32,)
@@ -39,14 +40,16 @@ def plan_prefix(
     Source: Juravsky et al. 2024, arXiv:2402.05099 (Hydragen: queries of a shared prefix as rows of one product); Pan et
     al., MLSys 2025 (FastTree: trees of prefixes, and a cost that decides which nodes are worth it).
     """
-    if torch.is_grad_enabled():
-        _args.refuse_grad("plan_prefix", page_table=page_table, seq_lens=seq_lens)
-    plan = empty_plan(seq_lens)
     try:
+        if torch.is_grad_enabled():
+            _args.refuse_grad("plan_prefix", page_table=page_table, seq_lens=seq_lens)
+        if page_table is None:  # by which the op knows plan_decode
+            raise TypeError("plan_prefix: page_table must be a tensor, got None")
+        plan = empty_plan(seq_lens)
         _op(page_table, seq_lens, page_size, num_queries, MIN_TOKENS if min_tokens is None else min_tokens, *plan)
-    except RuntimeError as e:
-        raise _args.refused("plan_prefix", e) from None
-    return plan
+        return plan
+    except Exception as e:
+        raise refused(plan_prefix, e, locals()) from None
 
 
 def empty_plan(seq_lens: Tensor) -> Plan:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvkernels.formats import format, formats
 from kvkernels.ops import _args, _reference
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PagedKV
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,24 +35,24 @@ def read_kv(
 
     Source: the formats' own definitions, kvkernels/formats.
     """
-    first, second, code = _args.one_pool("read_kv", kv, pool)
-    head_dim = _args.head_dim(kv)
-    if out is None:
-        shape = (slots.shape[0] if slots.dim() else 0, first.shape[1], head_dim)
-        out = (
-            torch.empty(shape, dtype=dtype, device=first.device),
-            torch.empty(shape, dtype=dtype, device=first.device),
-        )
-    k, v = out
-    if torch.is_grad_enabled():
-        _args.refuse_grad("read_kv", k_cache=first, v_cache=second, k=k, v=v)
-    centre, balance, order = kv.transform or _args.NO_TRANSFORM
     try:
+        first, second, code = _args.one_pool("read_kv", kv, pool)
+        head_dim = _args.head_dim(kv)
+        if out is None:
+            shape = (slots.shape[0] if slots.dim() else 0, first.shape[1], head_dim)
+            out = (
+                torch.empty(shape, dtype=dtype, device=first.device),
+                torch.empty(shape, dtype=dtype, device=first.device),
+            )
+        k, v = out
+        if torch.is_grad_enabled():
+            _args.refuse_grad("read_kv", k_cache=first, v_cache=second, k=k, v=v)
+        centre, balance, order = kv.transform or _args.NO_TRANSFORM
         _op(first, second, code, kv.page_size, head_dim, slots, centre, balance, order, k, v)
-    except RuntimeError as e:
-        raise _args.refused("read_kv", e) from None
-    _args.written(k, v)
-    return k, v
+        _args.written(k, v)
+        return k, v
+    except Exception as e:
+        raise refused(read_kv, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::read_kv")

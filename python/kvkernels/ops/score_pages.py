@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvkernels.formats import formats
 from kvkernels.ops import _args, _attention, _reference, _scores, page_summaries
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PagedKV
 from kvkernels.summaries import KINDS, PageSummaries, decode
 
@@ -51,21 +52,19 @@ def score_pages(
     Source: Tang et al. 2024, arXiv:2406.10774 (Quest: minmax); Yuan et al. 2025, arXiv:2502.11089 (NSA: scores summed
     over the heads of a group); Yang et al. 2024, arXiv:2410.05076 (TidalDecode: exact scores in selection layers).
     """
-    if isinstance(source, PagedKV):
-        return _scores.of_tokens("score_pages", q, source, page_table, seq_lens, reduce, scale, out)
-    if not isinstance(source, PageSummaries):
-        _args.no_tensor("score_pages", "source", source, "PageSummaries or a PagedKV")
-    records, segments = list(source.records), source.segments
-    n = page_table.shape[-1] if segments is None else max(segments.shape[-1] - 1, 0)
-    heads = records[0].shape[1] if records else 1
-    scale, number, out = _scores.prepare("score_pages", q, reduce, scale, heads, n, out)
     try:
+        if isinstance(source, PagedKV):
+            return _scores.of_tokens("score_pages", q, source, page_table, seq_lens, reduce, scale, out)
+        records, segments = list(source.records), source.segments
+        n = page_table.shape[-1] if segments is None else max(segments.shape[-1] - 1, 0)
+        heads = records[0].shape[1] if records else 1
+        scale, number, out = _scores.prepare("score_pages", q, reduce, scale, heads, n, out)
         _op(q, records, KINDS.index(source.kind), source.bits, page_table, seq_lens, source.page_size, segments, scale,
             number, out)  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused("score_pages", e) from None
-    _args.written(out)
-    return out
+        _args.written(out)
+        return out
+    except Exception as e:
+        raise refused(score_pages, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::score_pages")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvkernels.formats import formats
 from kvkernels.ops import _args, _attention, _reference, _scores, page_summaries, score_pages
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PagedKV
 from kvkernels.summaries import PageSummaries, decode
 
@@ -50,20 +51,21 @@ def score_tokens(
     Source: Yang et al. 2024, arXiv:2408.07092 (Double Sparsity: label cache); Yang et al. 2024, arXiv:2410.05076
     (TidalDecode: exact scores); Zhu et al. 2025, arXiv:2504.00970 (SentenceKV: segments).
     """
-    if isinstance(source, PageSummaries) and source.segments is not None:
-        scores = score_pages.score_pages(q, source, page_table, seq_lens, reduce=reduce, scale=scale)
-        spread = spread_over_tokens(scores, source.segments, page_table.shape[1] * source.page_size)
-        if out is None:
-            return spread
-        if out.shape != spread.shape or out.dtype != spread.dtype:
-            raise ValueError(
-                f"score_tokens: out must be float32 {list(spread.shape)}, [B, Hkv, max_pages * page_size]; "
-                f"got {out.dtype} {list(out.shape)}"
-            )
-        return out.copy_(spread)
-    if not isinstance(source, (PageSummaries, PagedKV)):
-        _args.no_tensor("score_tokens", "source", source, "PageSummaries or a PagedKV")
-    return _scores.of_tokens("score_tokens", q, source, page_table, seq_lens, reduce, scale, out)
+    try:
+        if isinstance(source, PageSummaries) and source.segments is not None:
+            scores = score_pages.score_pages(q, source, page_table, seq_lens, reduce=reduce, scale=scale)
+            spread = spread_over_tokens(scores, source.segments, page_table.shape[1] * source.page_size)
+            if out is None:
+                return spread
+            if out.shape != spread.shape or out.dtype != spread.dtype:
+                raise ValueError(
+                    f"score_tokens: out must be float32 {list(spread.shape)}, [B, Hkv, max_pages * page_size]; "
+                    f"got {out.dtype} {list(out.shape)}"
+                )
+            return out.copy_(spread)
+        return _scores.of_tokens("score_tokens", q, source, page_table, seq_lens, reduce, scale, out)
+    except Exception as e:
+        raise refused(score_tokens, e, locals(), "score_pages") from None
 
 
 def spread_over_tokens(scores: Tensor, segments: Tensor, n: int) -> Tensor:

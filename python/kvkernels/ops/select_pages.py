@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.ops import _args, _reference
+from kvkernels.ops._refusal import refused
 
 DTYPES = (torch.float32,)
 FORMATS = ()
@@ -44,18 +45,16 @@ def select_pages(
     Source: Tang et al. 2024, arXiv:2406.10774 (Quest); sinks and recent tokens, Xiao et al. 2023, arXiv:2309.17453
     (StreamingLLM).
     """
-    if not isinstance(scores, Tensor):
-        _args.no_tensor("select_pages", "scores", scores)
-    if torch.is_grad_enabled():
-        _args.refuse_grad("select_pages", scores=scores)
-    if out is None:
-        out = torch.empty((*scores.shape[:2], max(k, 0)), dtype=torch.int32, device=scores.device)
     try:
+        if torch.is_grad_enabled():
+            _args.refuse_grad("select_pages", scores=scores)
+        if out is None:
+            out = torch.empty((*scores.shape[:2], max(k, 0)), dtype=torch.int32, device=scores.device)
         _op(scores, seq_lens, k, page_size, sink_pages, recent_pages, row_k, False, out)
-    except RuntimeError as e:
-        raise _args.refused("select_pages", e) from None
-    _args.written(out)
-    return out
+        _args.written(out)
+        return out
+    except Exception as e:
+        raise refused(select_pages, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::select_pages")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.ops import _args, select_pages
+from kvkernels.ops._refusal import refused
 
 DTYPES = (torch.float32,)
 FORMATS = ()
@@ -38,18 +39,16 @@ def select_tokens(
     Source: Yang et al. 2024, arXiv:2410.05076 (TidalDecode), arXiv:2408.07092 (Double Sparsity); sinks and recent
     tokens, Xiao et al. 2023, arXiv:2309.17453 (StreamingLLM).
     """
-    if not isinstance(scores, Tensor):
-        _args.no_tensor("select_tokens", "scores", scores)
-    if torch.is_grad_enabled():
-        _args.refuse_grad("select_tokens", scores=scores)
-    if out is None:
-        out = torch.empty((*scores.shape[:2], max(k, 0)), dtype=torch.int32, device=scores.device)
     try:
+        if torch.is_grad_enabled():
+            _args.refuse_grad("select_tokens", scores=scores)
+        if out is None:
+            out = torch.empty((*scores.shape[:2], max(k, 0)), dtype=torch.int32, device=scores.device)
         _op(scores, seq_lens, k, 1, sink_tokens, recent_tokens, row_k, True, out)
-    except RuntimeError as e:
-        raise _args.refused("select_tokens", e) from None
-    _args.written(out)
-    return out
+        _args.written(out)
+        return out
+    except Exception as e:
+        raise refused(select_tokens, e, locals()) from None
 
 
 def reference(

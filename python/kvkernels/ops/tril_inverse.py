@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvkernels.ops import _args, _delta
+from kvkernels.ops import _delta
+from kvkernels.ops._refusal import refused
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = ()
@@ -33,12 +34,11 @@ def tril_inverse(A: Tensor, *, method: str = "blocked") -> Tensor:
 
     Source: Sobczyk et al. 2026, arXiv:2605.21325.
     """
-    _delta.check_tensors("tril_inverse", {"A": A}, {})
-    number = _delta.option("tril_inverse", "method", method, METHODS)
     try:
+        number = _delta.option("tril_inverse", "method", method, METHODS)
         return _op(A, number)
-    except RuntimeError as e:
-        raise _args.refused("tril_inverse", e) from None
+    except Exception as e:
+        raise refused(tril_inverse, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::tril_inverse")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvkernels.formats import encode_page, format, formats
 from kvkernels.ops import _args, _reference
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PagedKV
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,15 +30,15 @@ def write_kv(k: Tensor, v: Tensor, kv: PagedKV, pool: int, slots: Tensor) -> Non
 
     Source: rotation and one scale per token as in RotateKV, arXiv:2501.16383; formats in kvkernels/formats.
     """
-    first, second, code = _args.one_pool("write_kv", kv, pool)
-    if torch.is_grad_enabled():
-        _args.refuse_grad("write_kv", k=k, v=v)
-    centre, balance, order = kv.transform or _args.NO_TRANSFORM
     try:
+        first, second, code = _args.one_pool("write_kv", kv, pool)
+        if torch.is_grad_enabled():
+            _args.refuse_grad("write_kv", k=k, v=v)
+        centre, balance, order = kv.transform or _args.NO_TRANSFORM
         _op(k, v, first, second, code, kv.page_size, slots, centre, balance, order)
-    except RuntimeError as e:
-        raise _args.refused("write_kv", e) from None
-    _args.written(first, second)
+        _args.written(first, second)
+    except Exception as e:
+        raise refused(write_kv, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::write_kv")
