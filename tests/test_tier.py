@@ -140,7 +140,15 @@ X = torch.zeros(1, 20, HEADS, D)
         ({"budgets": (4, -1)}, r"budgets must be .* got \[4, -1\]"),
         ({"page_size": 0}, "page_size must be at least 1; got 0"),
         ({"recent_tokens": 5}, r"recent_tokens must be 0 to budgets\[0\] = 4, of pool 0; got 5"),
-        ({"seq_lens": torch.tensor([1, 2])}, r"seq_lens must be \[B\] = \[1\], from scores; got \[2\]"),
+        (
+            {"seq_lens": torch.tensor([1, 2])},
+            r"seq_lens must be int32 \[B\] = \[1\], from scores; got torch.int64 \[2\]",
+        ),
+        ({"seq_lens": torch.tensor([1.0])}, r"seq_lens must be int32 .*; got torch.float32 \[1\]"),
+        ({"seq_lens": torch.tensor([6])}, r"seq_lens\[0\] must be 0 to T = 5, from scores; got 6"),
+        ({"seq_lens": torch.tensor([-1])}, r"seq_lens\[0\] must be 0 to T = 5, from scores; got -1"),
+        ({"seq_lens": torch.tensor([1], device="meta")}, "seq_lens is on meta, but scores is on cpu"),
+        ({"scores": torch.tensor([[1, 2, torch.nan]])}, r"scores\[0, 2\] is NaN"),
     ],
 )
 def test_tier_tokens_refuses(change: dict[str, Any], message: str) -> None:
@@ -152,6 +160,37 @@ def test_tier_tokens_refuses(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"budgets": (10.7,)}, r"budgets\[0\] must be an integer; got 10.7"),
+        ({"page_size": 16.0}, "page_size must be an integer; got 16.0"),
+        ({"recent_tokens": "1"}, "recent_tokens must be an integer; got '1'"),
+    ],
+)
+def test_tier_tokens_takes_integers(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"tier_tokens: {message}"):
+        kk.tier_tokens(**{"scores": torch.zeros(1, 5), "budgets": (4,), "page_size": 16, **change})
+
+
+@pytest.mark.once
+def test_nothing_to_tier() -> None:
+    for shape in ((0, 5), (2, 0)):
+        tiers = kk.tier_tokens(torch.zeros(shape), (4,), page_size=16)
+        assert tiers.shape == shape
+        x = torch.zeros(*shape, HEADS, D)
+        layout = kk.lay_tokens(x, x, KV, tiers, [[0], [1]])
+        assert layout.seq_lens.tolist() == [0] * shape[0]
+    unknown = torch.full((1, 5), torch.nan)
+    unknown[0, :3] = 0  # those of recent tokens and past the end are not read
+    tiers = kk.tier_tokens(unknown, (4,), page_size=16, recent_tokens=1, seq_lens=torch.tensor([4]))
+    assert tiers.tolist() == [[0, 0, 0, 0, -1]]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": X[:, 1:]}, r"v must have k's shape \[1, 20, 2, 64\]; got \[1, 19, 2, 64\]"),
+        ({"pages": [range(100, 105), [0]]}, "pages of pool 0 must be 0 to 1; got 100"),
+        ({"pages": [[0, 1], [-1]]}, "pages of pool 1 must be 0 to 1; got -1"),
         ({"k": X[0]}, r"k must be \[B, T, Hkv, D\] and tiers int32 \[B, T\]; got \[20, 2, 64\]"),
         ({"tiers": TIERS[:, 1:]}, r".* tiers int32 \[B, T\]; got .* torch.int32 \[1, 19\]"),
         ({"tiers": TIERS + 2}, "tiers name pool 2, but there are 2"),

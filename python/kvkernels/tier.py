@@ -1,5 +1,6 @@
 """Mixed precision by saliency: tokens of a prompt in pools of different formats, by how much they matter."""
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,15 +44,21 @@ def tier_tokens(
     recent_tokens the newest ones, whose scores are taken for Inf; no more than budgets[0]
 
     Returns int32 [B, T], -1 past the end. Pools but the first get whole pages: budgets are rounded up to pages, as far
-    as there are tokens, and what fills no page stays in pool 0, which so holds up to page_size - 1 more.
+    as there are tokens, and what fills no page stays in pool 0, which so holds up to page_size - 1 more. B or T 0:
+    empty.
+
+    Scores and lengths are read on the host. ValueError: NaN among the tokens that are there, lengths below 0 or past T,
+    shapes and numbers that do not fit. TypeError: numbers that are no integers.
 
     Source: He et al. 2024, arXiv:2405.14256 (ZipCache): bits by the attention that tokens get; Yang et al. 2024,
     arXiv:2402.18096 (MiKV): tokens that others would drop stay at few bits.
     """
+    budgets = [_integer(f"budgets[{i}]", n) for i, n in enumerate(budgets)]
+    page_size, recent_tokens = _integer("page_size", page_size), _integer("recent_tokens", recent_tokens)
     if scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"tier_tokens: scores must be [B, T] floating point; got {scores.dtype} {list(scores.shape)}")
     if not budgets or min(budgets) < 0:
-        raise ValueError(f"tier_tokens: budgets must be one number of tokens or more, at least 0; got {list(budgets)}")
+        raise ValueError(f"tier_tokens: budgets must be one number of tokens or more, at least 0; got {budgets}")
     if page_size < 1:
         raise ValueError(f"tier_tokens: page_size must be at least 1; got {page_size}")
     if not 0 <= recent_tokens <= budgets[0]:
@@ -61,12 +68,25 @@ def tier_tokens(
     B, T = scores.shape
     if seq_lens is None:
         lens = torch.full((B, 1), T, device=scores.device)
-    elif seq_lens.shape == (B,):
-        lens = seq_lens.long().clamp(0, T).unsqueeze(1)
     else:
-        raise ValueError(f"tier_tokens: seq_lens must be [B] = [{B}], from scores; got {list(seq_lens.shape)}")
+        if seq_lens.shape != (B,) or seq_lens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"tier_tokens: seq_lens must be int32 [B] = [{B}], from scores; got {seq_lens.dtype} "
+                f"{list(seq_lens.shape)}"
+            )
+        if seq_lens.device != scores.device:
+            raise ValueError(f"tier_tokens: seq_lens is on {seq_lens.device}, but scores is on {scores.device}")
+        wrong = ((seq_lens < 0) | (seq_lens > T)).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"tier_tokens: seq_lens[{wrong[0]}] must be 0 to T = {T}, from scores; got {int(seq_lens[wrong[0]])}"
+            )
+        lens = seq_lens.long().unsqueeze(1)
     token = torch.arange(T, device=scores.device).expand(B, T)
     alive = token < lens
+    unknown = (scores.isnan() & alive & (token < lens - recent_tokens)).nonzero().tolist()
+    if unknown:
+        raise ValueError("tier_tokens: scores[{}, {}] is NaN, and its token is not past the end".format(*unknown[0]))
     weight = scores.masked_fill(token >= lens - recent_tokens, torch.inf).masked_fill(~alive, -torch.inf)
     ranking = weight.sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(ranking).scatter_(1, ranking, token)
@@ -78,11 +98,17 @@ def tier_tokens(
         sizes.append(pages * page_size)
         left = left - sizes[-1]
     sizes.append(left // page_size * page_size)
-    borders = lens - torch.cat(sizes, 1).flip(1).cumsum(1).flip(
-        1
-    )  # [B, pools - 1]: ranks at which pools 1, 2, ... begin
+    # [B, pools - 1]: ranks at which pools 1, 2, ... begin
+    borders = lens - torch.cat(sizes, 1).flip(1).cumsum(1).flip(1)
     pool = (rank.unsqueeze(2) >= borders.unsqueeze(1)).sum(2, dtype=torch.int32)
     return pool.masked_fill(~alive, -1)
+
+
+def _integer(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"tier_tokens: {name} must be an integer; got {value!r}") from None
 
 
 def lay_tokens(
@@ -102,7 +128,8 @@ def lay_tokens(
     count places.
 
     The sizes of the tiers are read on the host. ValueError: shapes that do not fit, tokens of a pool other than 0 that
-    are no whole pages, a pool without enough free pages, and all that write_kv refuses.
+    are no whole pages, a pool without enough free pages or pages that it does not have, and all that write_kv refuses.
+    B or T 0: nothing is written.
     """
     size = kv.page_size
     if k.dim() != 4 or tiers.shape != k.shape[:2] or tiers.is_floating_point():
@@ -110,6 +137,8 @@ def lay_tokens(
             f"lay_tokens: k must be [B, T, Hkv, D] and tiers int32 [B, T]; got {list(k.shape)} and {tiers.dtype} "
             f"{list(tiers.shape)}"
         )
+    if v.shape != k.shape:
+        raise ValueError(f"lay_tokens: v must have k's shape {list(k.shape)}; got {list(v.shape)}")
     if len(pages) != len(kv.pools):
         raise ValueError(f"lay_tokens: pages must be a list for each of the {len(kv.pools)} pools; got {len(pages)}")
     B, T = tiers.shape
@@ -123,6 +152,11 @@ def lay_tokens(
     for pool, own in enumerate(given):
         if len(set(own)) < len(own):
             raise ValueError(f"lay_tokens: pages of pool {pool} name a page twice; got {own}")
+        records = kv.pools[pool]
+        there = len(records[0] if isinstance(records, tuple) else records)
+        for page in own:
+            if not 0 <= page < there:
+                raise ValueError(f"lay_tokens: pages of pool {pool} must be 0 to {there - 1}; got {page}")
     free = [iter(own) for own in given]
     rows: list[list[int]] = []
     for b, own in enumerate(counts):
