@@ -92,7 +92,9 @@ def test_dtypes(dtype: torch.dtype) -> None:
         (rand(16, 2, 64), None, -1, "skip must be at least 0; got -1"),
         (rand(16, 2, 64), rand(4, 3, 64), 0, "Hq a multiple of 2"),
         (rand(16, 2, 64), rand(4, 2, 128), 0, r"q must be \[..., Hq, 64\]"),
-        (rand(16, 2, 64).index_fill(0, torch.tensor([3]), float("nan")), None, 0, "NaN or Inf"),
+        (rand(16, 2, 64).index_fill(0, torch.tensor([3]), float("nan")), None, 0, "k holds NaN or Inf"),
+        (rand(16, 2, 64), rand(4, 2, 64).index_fill(0, torch.tensor([3]), float("nan")), 0, "q holds NaN or Inf"),
+        (rand(16, 2, 64), rand(4, 2, 64).index_fill(2, torch.tensor([3]), float("inf")), 0, "q holds NaN or Inf"),
     ],
 )
 def test_errors(k: Tensor, q: Tensor | None, skip: int, message: str) -> None:

@@ -19,7 +19,7 @@ def calibrate_keys(k: Tensor, q: Tensor | None = None, skip: int = 16) -> KVTran
       balance = (E q^2 / E (k - centre)^2)^(1/4) per channel, q over all query heads of the KV head; 1 where a channel
                 is constant or never asked for; float32, as centre
       order   = the channels by descending variance of the balanced keys, equal ones as they come; int32
-    Raises ValueError if no token is left, if a shape does not fit, or if keys after `skip` hold NaN or Inf.
+    Raises ValueError if no token is left, if a shape does not fit, or if q or the keys after `skip` hold NaN or Inf.
 
     Centring takes away what is the same in every key (a bias, slow RoPE channels), which a rotation would smear over
     all channels; balancing gives the channels in which queries are large a finer grid; the order is for formats whose
@@ -56,6 +56,8 @@ def calibrate_keys(k: Tensor, q: Tensor | None = None, skip: int = 16) -> KVTran
                 f"head_dim, and not empty; got {list(q.shape)}"
             )
         queries = q.detach().to(keys).reshape(-1, heads, q.shape[-2] // heads, head_dim)
+        if not queries.isfinite().all():
+            raise ValueError("calibrate_keys: q holds NaN or Inf; pass only the tokens that are there")
         ratio = queries.square().mean((0, 2)) / spread
         # A constant channel leaves the rounding of its mean, not zero; 2^-40 is below what fp32 keys can tell apart.
         usable = (spread > 2.0**-40 * keys.square().mean(0)) & ratio.isfinite() & (ratio > 0)
