@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from kvkernels.formats import CODECS, HEAD_DIMS, PACKED_HEAD_DIMS, PAGE_ALIGN, Format
 from kvkernels.paged_kv import TWO_CACHES, PagedKV, Pool
@@ -89,8 +89,10 @@ def refuse_grad(op: str, **tensors: Tensor | None) -> None:
 def written(*tensors: Tensor | None) -> None:
     """Counts a write into tensors of the caller, as torch's own in-place ops do, under no_grad too: a backward pass
     that has saved one of them then refuses to run, where it would compute a wrong gradient."""
-    if not torch.compiler.is_compiling():  # functionalisation counts there
-        increment_version([t for t in tensors if t is not None and not t.is_inference()])  # such have no counter
+    if not is_compiling():  # functionalisation counts there
+        for t in tensors:
+            if t is not None:
+                increment_version(t)  # passes over those of inference mode, which have no counter
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvkernels.formats import format, formats
 from kvkernels.ops import _attention, _reference, plan_prefix
 from kvkernels.ops import quant_attention as quant
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PAGE_BITS, PagedKV
 from kvkernels.plan import Plan
 
@@ -80,19 +81,22 @@ def prefix_attention(
     plan   None: plan_prefix(page_table, seq_lens, kv.page_size, num_queries=Tq), made anew by each call; pass it to all
            layers of a step instead. For two 16-bit caches: flash_decode(..., plan=plan)
 
-    The other arguments, what is returned and what is refused are those of quant_attention, in whose name the refusals
-    are, but for window, head_windows and split_tokens, which do not go together with a plan.
+    The other arguments, what is returned and what is refused are those of quant_attention, but for window, head_windows
+    and split_tokens, which do not go together with a plan.
 
     Source: Juravsky et al. 2024, arXiv:2402.05099 (Hydragen); Pan et al., MLSys 2025 (FastTree).
     """
-    if plan is None:
-        Tq = q.shape[1] if q.dim() == 4 else 1
-        plan = plan_prefix.plan_prefix(page_table, seq_lens, kv.page_size, num_queries=Tq)
-    options: dict[str, Any] = {
-        "scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes, "tree_mask": tree_mask,
-        "extra": extra, "head_map": head_map, "return_lse": return_lse, "out": out,
-    }  # fmt: skip
-    return quant.quant_attention(q, kv, page_table, seq_lens, plan=plan, **options)
+    try:
+        if plan is None:
+            Tq = q.shape[1] if q.dim() == 4 else 1
+            plan = plan_prefix.plan_prefix(page_table, seq_lens, kv.page_size, num_queries=Tq)
+        options: dict[str, Any] = {
+            "scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes, "tree_mask": tree_mask,
+            "extra": extra, "head_map": head_map, "return_lse": return_lse, "out": out,
+        }  # fmt: skip
+        return quant.quant_attention(q, kv, page_table, seq_lens, plan=plan, **options)
+    except Exception as e:
+        raise refused(prefix_attention, e, locals(), "plan_prefix", "quant_attention") from None
 
 
 reference = quant.reference  # of every sequence by itself
