@@ -9,6 +9,7 @@ from torch import Tensor
 from kvkernels.formats import format, formats
 from kvkernels.ops import _args, _attention, _reference
 from kvkernels.ops import quant_attention as quant
+from kvkernels.ops._refusal import refused
 from kvkernels.paged_kv import PagedKV
 
 DTYPES, CUDA_DTYPES, FORMATS = quant.DTYPES, quant.CUDA_DTYPES, quant.FORMATS
@@ -108,35 +109,35 @@ def sparse_attention(
     Source: Tang et al. 2024, arXiv:2406.10774 (Quest: pages); Yang et al. 2024, arXiv:2410.05076 (TidalDecode: tokens,
     lists that later layers use again); Sun et al. 2024, arXiv:2410.21465 (ShadowKV: pages in main memory).
     """
-    if not isinstance(q, Tensor):
-        _args.no_tensor("sparse_attention", "q", q)
-    if not isinstance(kv, PagedKV):
-        _args.no_tensor("sparse_attention", "kv", kv, "a PagedKV")
-    pools, codes = _args.all_pools("sparse_attention", kv)
-    left, right = window
-    if right > 0:
-        raise ValueError(f"sparse_attention: window = ({left}, {right}): attention is causal, so right must be -1 or 0")
-    if torch.is_grad_enabled() and (
-        q.requires_grad or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
-    ):
-        named = _args.parts(extra, None)
-        _args.refuse_grad("sparse_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out, **named)
-    given = out
-    if out is None:
-        out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    centre, balance, order = _args.NO_TRANSFORM if kv.transform is None else kv.transform
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     try:
+        pools, codes = _args.all_pools("sparse_attention", kv)
+        left, right = window
+        if left < -1 or right not in (-1, 0):
+            _args.bad_window("sparse_attention", left, right)
+        if torch.is_grad_enabled() and (
+            q.requires_grad or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
+        ):
+            named = _args.parts(extra, None)
+            _args.refuse_grad("sparse_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out, **named)
+        given = out
+        if out is None:
+            out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+        centre, balance, order = _args.NO_TRANSFORM if kv.transform is None else kv.transform
+        if scale is None:
+            scale = q.shape[-1] ** -0.5
+        if split_tokens is None:
+            split_tokens = 0
+        elif split_tokens == 0:
+            _args.no_split("sparse_attention")
         _op(q, pools, codes, kv.page_size, page_table, seq_lens, pages, tokens, entries, centre, balance, order, scale,
-            left, softcap, sinks, alibi_slopes, 0 if split_tokens is None else split_tokens, tree_mask, head_windows,
+            left, softcap, sinks, alibi_slopes, split_tokens, tree_mask, head_windows,
             extra, head_map, out, lse)  # fmt: skip
-    except RuntimeError as e:
-        raise _args.refused("sparse_attention", e) from None
-    if given is not None:
-        _args.written(given)
-    return out if lse is None else (out, lse)
+        if given is not None:
+            _args.written(given)
+        return out if lse is None else (out, lse)
+    except Exception as e:
+        raise refused(sparse_attention, e, locals()) from None
 
 
 @torch.library.register_fake("kvkernels::sparse_attention")
