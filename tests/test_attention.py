@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from backends import CPU, Q_DTYPE
-from conftest import rounding
+from conftest import assert_as_good_as, rounding
 from torch import Tensor
 
 import kvkernels as kk
@@ -223,3 +223,54 @@ def test_the_references_of_all_ops_agree() -> None:
     ):
         for mine, truth in zip(got, want):
             torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
+
+
+NAN, INF = math.nan, math.inf
+# bf16 caches can hold NaN and Inf in K and V; split_tokens: states are merged
+NON_FINITE: list[dict[str, Any]] = [
+    {"formats": ("bf16 NHD",)},
+    {"formats": ("f16 HND",), "dtype": "bfloat16", "Tq": 2},
+    {"formats": ("bf16 NHD",), "dtype": "bfloat16", "softcap": 5.0},
+    {"formats": ("u2",), "dtype": "bfloat16", "transform": True},
+    {"formats": ("bf16 NHD", "u4"), "lens": (200, 3), "split_tokens": 32},
+    {"formats": ("u8",), "dtype": "bfloat16", "Tq": 2, "window": 20},
+]
+
+
+@pytest.mark.parametrize("joins", [(), ("sinks",), ("sinks", "extra")], ids=["alone", "sinks", "sinks+extra"])
+@pytest.mark.parametrize("case", NON_FINITE, ids=lambda c: "+".join(c["formats"]).replace(" ", ""))
+def test_nan_and_inf_stay_in_their_rows(case: dict[str, Any], joins: tuple[str, ...]) -> None:
+    """One number of one argument is NaN or Inf: the result is not finite where the reference's is, and nowhere else."""
+    op = OPS["quant_attention"]
+    full: dict[str, Any] = {"Tq": 1, "Hq": 4, "Hkv": 2, "D": D, "page_size": 16, "lens": (40, 3, 0), "dtype": "float32",
+                            **case, **({"sinks": True} if "sinks" in joins else {}),
+                            **({"extra": "shared"} if "extra" in joins else {})}  # fmt: skip
+
+    def poisoned(place: str, value: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (q, kv, table, lens), options = op.make(full)
+        page = int(table[0, 0])
+        side = {"k": 0, "v": 1}.get(place)
+        if place == "q":
+            q.view(len(lens), -1, 4, D)[0, 0, 1, 5] = value
+        elif side is not None:
+            kv.pools[page >> 28][side][page & (1 << 28) - 1, 1, 7, 9] = value
+        elif place == "sinks":
+            options["sinks"][2] = value
+        else:
+            x = options["extra"][["k", "v", "bias"].index(place[6:])]
+            x.view(2, -1)[1, -1] = value
+        return (q, kv, table, lens), options
+
+    caches = full["formats"][0].endswith("HD")
+    places = ["q", *(["k", "v"] if caches else []), *joins[:1][: "sinks" in joins]]
+    places += [f"extra {x}" for x in ("k", "v", "bias") if "extra" in joins]
+    for place in places:
+        # of a rotated query every channel is infinite or NaN, by the order of the sums
+        for value in (NAN,) if place == "q" and full["formats"] != ("bf16 NHD",) else (NAN, INF, -INF):
+            if place == "v" and full["Tq"] > 1:
+                continue  # a weight of 0 takes no NaN out of a product: rows that do not see the token may be NaN too
+            args, options = poisoned(place, value)
+            exact = op.reference(*args, **options)
+            plain = op.reference(*args, **options, dtype=args[0].dtype)
+            for i, (got, near, truth) in enumerate(zip(kk.quant_attention(*args, **options), plain, exact)):
+                assert_as_good_as(got, near, truth, f"{place} = {value}: {'out' if i == 0 else 'lse'}")

@@ -11,7 +11,7 @@ KK_BEGIN
 
 namespace {
 
-// Score of the extra token of (b, g); -inf: none.
+// Score of the extra token of (b, g).
 float extra_score(const AttentionParams& p, float bias, int64_t b, int64_t t, int64_t head, int64_t g) {
   const int64_t q = b * p.q_batch + t * p.q_token + head * p.q_head;
   const int64_t k = b * p.extra.k_batch + g * p.extra.k_head;
@@ -22,34 +22,38 @@ float extra_score(const AttentionParams& p, float bias, int64_t b, int64_t t, in
   return (p.softcap > 0.0f ? p.softcap * tanhf(score / p.softcap) : score) + bias;
 }
 
+// ln(exp(a) + exp(b)); what is larger, if that is infinite; NaN, if either is.
+float log_sum(float a, float b) {
+  const float top = a > b ? a : b;
+  if (top - top == 0.0f) return top + logf(expf(a - top) + expf(b - top));
+  return a == a ? top : a;
+}
+
 // Sums over V, their maximum m and mass l of a query row -> out and lse. Sinks and the extra token join here.
 void write_row(const AttentionParams& p, int64_t b, int64_t t, int64_t head, int64_t g, const float* sums, float m,
                float l) {
-  float f = 0.0f, f_extra = 0.0f, lse = -INFINITY;
+  float f = 0.0f, lse = -INFINITY;
   if (l > 0.0f || l != l) {
     f = 1.0f / l;
-    lse = m + logf(l);
+    lse = m == INFINITY ? m : m + logf(l);  // an infinite score makes l NaN
   }
-  if (p.sinks || p.extra.k) {
-    const float sink = p.sinks ? p.sinks[head] : -INFINITY;
-    const float bias = p.extra.k ? p.extra.bias[b * p.extra.bias_batch + g * p.extra.bias_head] : -INFINITY;
-    const float extra = bias == -INFINITY ? bias : extra_score(p, bias, b, t, head, g);
-    float top = lse > sink ? lse : sink;
-    if (!(extra <= top)) top = extra;
-    if (top != -INFINITY) {
-      const float joint = top + logf(expf(lse - top) + expf(sink - top) + expf(extra - top));
-      f *= expf(lse - joint);
-      f_extra = expf(extra - joint);
-      lse = joint;
-    }
-  }
+  const float bias = p.extra.k ? p.extra.bias[b * p.extra.bias_batch + g * p.extra.bias_head] : -INFINITY;
   float joined[512];
-  if (f_extra != 0.0f) {
+  if (bias != -INFINITY) {  // else k and v may hold anything
+    const float score = extra_score(p, bias, b, t, head, g), joint = log_sum(lse, score);
+    const float f_extra = joint != -INFINITY ? expf(score - joint) : 0.0f;
+    if (joint != -INFINITY) f *= expf(lse - joint);
+    lse = joint;
     const int64_t v = b * p.extra.v_batch + g * p.extra.v_head;
     for (int64_t i = 0; i < p.Dv; i += F::W)
       fma(load_floats(p.extra.v, p.dtype, v + i), F::fill(f_extra), F::load(sums + i) * F::fill(f)).store(joined + i);
     sums = joined;
     f = 1.0f;
+  }
+  if (p.sinks) {  // last, as one of +inf leaves no weight to the others
+    const float joint = log_sum(lse, p.sinks[head]);
+    if (joint != -INFINITY) f *= expf(lse - joint);
+    lse = joint;
   }
   const int64_t at = b * p.out_batch + t * p.out_token + head * p.out_head;
   for (int64_t i = 0; i < p.Dv; i += F::W) {

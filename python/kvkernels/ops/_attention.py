@@ -39,6 +39,9 @@ def reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention, one query and head at a time, in `dtype`. split_tokens and plan change nothing.
 
+    A NaN score or sink makes the row NaN. A score of -inf is a token that is not seen, a sink of +inf takes all weight:
+    out 0, lse +inf. A score of +inf: out NaN, lse +inf.
+
     selected: bool [B, groups, tokens], what a KV head reads; None: everything.
 
     rows(b, seen) -> keys [L, Hk, D] and values [L, Hv, v_dim] of sequence b; seen bool [L]: other tokens are not used.
@@ -80,15 +83,19 @@ def reference(
                     scores = scores - slope * (query_at[i] - key_at[seen]).to(dtype)
                 if extra is not None:
                     more_k, more_v, bias = (x[b % len(x), g].to(dtype) for x in extra)
-                    if bias > -math.inf:
+                    if bias != -math.inf:
                         scores = torch.cat((scores, capped(scale * (more_k @ query))[None] + bias))
                         v = torch.cat((v, more_v[None]))
                 if sinks is not None:
                     scores = torch.cat((scores, sinks[h : h + 1].to(dtype)))
                 if len(scores) == 0:
                     continue
-                lse[b, i, h] = torch.logsumexp(scores, 0)
-                out[b, i, h] = torch.softmax(scores, 0)[: len(v)] @ v
+                total = torch.logsumexp(scores, 0)
+                lse[b, i, h] = total
+                if total == -math.inf:
+                    continue
+                weights = torch.softmax(scores, 0) if total.isfinite() else torch.exp(scores - total)
+                out[b, i, h] = math.nan if total.isnan() else weights[: len(v)] @ v
     if q.dim() == 3:
         out, lse = out.squeeze(1), lse.squeeze(1)
     return (out, lse) if return_lse else out
