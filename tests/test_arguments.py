@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_type_hints
 
+import numpy
 import pytest
 import torch
 from backends import Q_DTYPE, on_cpu_only
@@ -169,3 +170,44 @@ def test_memory_that_is_not_there_is_torch_s_own_error() -> None:
     scores, lens = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="allocate"):
         kk.select_pages(scores, lens, 1 << 60, page_size=16)
+
+
+def test_counts_are_integers_of_any_kind() -> None:
+    sizes = numpy.array([3, 2, 64, 16])
+    kv = kk.PagedKV.empty(["u2", "bf16"], *sizes)
+    assert [tuple(p.shape[:2]) for p in kv.pools] == [(3, 2), (3, 2)]
+    assert (kv.page_size, kv.head_dim) == (16, 64)
+    for place, name in enumerate(("num_pages", "num_kv_heads", "head_dim", "page_size")):
+        wrong: list[Any] = [*sizes]
+        wrong[place] = 1.5
+        with pytest.raises(TypeError, match=rf"{name} must be an int; got 1\.5"):
+            kk.PagedKV.empty("u2", *wrong)
+    with pytest.raises(TypeError, match="v_cache must be a tensor; got NoneType"):
+        kk.PagedKV.from_caches(torch.zeros(2, 16, 1, 64).half(), None)  # type: ignore[arg-type]
+
+
+def test_entries_of_tensors() -> None:
+    kv = kk.PagedKV.empty(["u2", "bf16"], [3, 0], 2, 64, 16)
+    pages = torch.arange(3).flip(0)
+    entries = kv._replace(pools=kv.pools[::-1], formats=kv.formats[::-1]).entry(1, pages)
+    assert entries.dtype == torch.int32
+    assert entries.tolist() == [1 << 28 | 2, 1 << 28 | 1, 1 << 28]
+    assert kv.entry(1, pages[:0]).shape == (0,)
+    for wrong, got in ((pages + 1, "3"), (pages - 1, "-1")):
+        with pytest.raises(ValueError, match=f"page must be below 3, the pages of pool 0; got {got}"):
+            kv.entry(0, wrong)
+    for page, kind in ((pages.float(), "a tensor of ints; got torch.float32"), (0.5, "an int; got 0.5")):
+        with pytest.raises(TypeError, match=f"page must be .*{kind}"):
+            kv.entry(0, page)  # type: ignore[call-overload]
+
+
+def test_reprs_are_short() -> None:
+    """Sizes, no tensors; whatever is wrong with a cache does not keep it from being printed."""
+    kv = kk.PagedKV.empty(["u2", "bf16"], [3, 4], 2, 128, 32)
+    caches = kk.PagedKV.from_caches(*torch.zeros(2, 5, 16, 2, 80).half())
+    lens = torch.zeros(1, dtype=torch.int32)
+    assert repr(kv) == "PagedKV(u2: 3 pages; bf16: 4 pages; 2 heads of 128, 32 tokens a page, 0.14 MB)"
+    assert repr(caches) == "PagedKV(f16 (two caches): 5 pages; 2 heads of 80, 16 tokens a page, 0.05 MB)"
+    summaries = kk.page_summaries(kv, lens[:, None], lens)
+    assert repr(summaries).startswith("PageSummaries(minmax, 16 bits; records of 3 + 4 pages, head_dim 128, 32 tokens")
+    assert repr(kv._replace(formats=(5, None))).startswith("PagedKV((tensor(")

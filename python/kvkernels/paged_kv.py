@@ -1,14 +1,15 @@
 """Paged keys and values: pools of pages, one format each, behind one page table."""
 
 import ctypes
+import operator
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from kvkernels.formats import Format, format
+from kvkernels.formats import CODECS, HEAD_DIMS, PACKED_HEAD_DIMS, PAGE_ALIGN, Format, format
 
 MAX_POOLS = 8  # a page-table entry is pool << 28 | page with a clear sign bit
 PAGE_BITS = 28
@@ -85,6 +86,38 @@ def check_transform(
             )
 
 
+# Functions of what PagedKV has as properties: torch.compile of torch 2.10 does not trace into a property of a
+# NamedTuple, neither PagedKV's nor Format's.
+
+
+def format_code(fmt: Format, pool: Pool) -> int:
+    """PagedKV.code."""
+    code = CODECS[fmt.k].NUMBER | CODECS[fmt.v].NUMBER << 8
+    return code | TWO_CACHES if isinstance(pool, tuple) else code
+
+
+def head_dim_of(kv: "PagedKV") -> int:
+    """PagedKV.head_dim."""
+    pool, fmt = kv.pools[0], kv.formats[0]
+    if isinstance(pool, tuple):
+        return pool[0].shape[-1]
+    packed = CODECS[fmt.k].PACKED or CODECS[fmt.v].PACKED
+    for n in PACKED_HEAD_DIMS if packed else HEAD_DIMS:
+        if -(-fmt.data_bytes(kv.page_size, n) // PAGE_ALIGN) * PAGE_ALIGN == pool.shape[-1]:
+            return n
+    raise ValueError(
+        f"a pool of {fmt.name} pages must be uint8 [num_pages, Hkv, page_bytes]; pages of {pool.shape[-1]} bytes "
+        f"fit no head_dim ({', '.join(map(str, fmt.head_dims))}) at page_size {kv.page_size}"
+    )
+
+
+def _int(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int; got {value!r}") from None
+
+
 class PagedKV(NamedTuple):
     """Keys and values of many sequences as pages.
 
@@ -113,10 +146,13 @@ class PagedKV(NamedTuple):
         device: torch.device | str | None = None,
         transform: KVTransform | None = None,
     ) -> "PagedKV":
-        """Zero-filled pools, one per format. num_pages: for every pool, or one number per pool."""
+        """Zero-filled pools, one per format. num_pages: for every pool, or one number per pool; may be 0."""
         one = isinstance(formats, (str, Format))  # a Format is a tuple, but not of formats
         kinds = tuple(format(f) for f in ((formats,) if one else formats))  # type: ignore[arg-type]
-        sizes = (num_pages,) * len(kinds) if isinstance(num_pages, int) else tuple(num_pages)
+        many = num_pages if isinstance(num_pages, Sequence) else (num_pages,) * len(kinds)
+        sizes = tuple(_int("num_pages", n) for n in many)
+        num_kv_heads, head_dim = _int("num_kv_heads", num_kv_heads), _int("head_dim", head_dim)
+        page_size = _int("page_size", page_size)
         if not 1 <= len(kinds) <= MAX_POOLS:
             raise ValueError(f"a PagedKV has 1 to {MAX_POOLS} pools (3 bits of a page-table entry); got {len(kinds)}")
         if len(sizes) != len(kinds):
@@ -146,6 +182,8 @@ class PagedKV(NamedTuple):
             raise ValueError(f'layout must be "NHD" or "HND"; got {layout!r}')
         dims = "[num_pages, page_size, Hkv, D]" if layout == "NHD" else "[num_pages, Hkv, page_size, D]"
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if not isinstance(cache, Tensor):
+                raise TypeError(f"{name} must be a tensor; got {type(cache).__name__}")
             if cache.dtype not in FORMAT_OF_DTYPE:
                 raise TypeError(f"{name} must be bfloat16 or float16; got {cache.dtype}")
             if cache.dim() != 4:
@@ -168,24 +206,17 @@ class PagedKV(NamedTuple):
 
     @property
     def num_kv_heads(self) -> int:
+        """Hkv, the same in all pools."""
         return self._tensors(0)[0].shape[1]
 
     @property
     def head_dim(self) -> int:
         """Of two caches, their last dim; of packed pages, the one whose pages have this many bytes."""
-        pool, fmt = self.pools[0], self.formats[0]
-        if isinstance(pool, tuple):
-            return pool[0].shape[-1]
-        for head_dim in fmt.head_dims:
-            if fmt.page_bytes(self.page_size, head_dim) == pool.shape[-1]:
-                return head_dim
-        raise ValueError(
-            f"a pool of {fmt.name} pages must be uint8 [num_pages, Hkv, page_bytes]; pages of {pool.shape[-1]} bytes "
-            f"fit no head_dim ({', '.join(map(str, fmt.head_dims))}) at page_size {self.page_size}"
-        )
+        return head_dim_of(self)
 
     @property
     def device(self) -> torch.device:
+        """Where the pools are."""
         return self._tensors(0)[0].device
 
     @property
@@ -195,17 +226,47 @@ class PagedKV(NamedTuple):
 
     def code(self, pool: int) -> int:
         """The format of a pool as the ops take it: Format.code, plus bit 16 where K and V are two tensors."""
-        return self.formats[pool].code | (TWO_CACHES if isinstance(self.pools[pool], tuple) else 0)
+        return format_code(self.formats[pool], self.pools[pool])
 
-    def entry(self, pool: int, page: int) -> int:
-        """The page-table entry of a page."""
+    @overload
+    def entry(self, pool: int, page: int) -> int: ...
+
+    @overload
+    def entry(self, pool: int, page: Tensor) -> Tensor: ...
+
+    def entry(self, pool: int, page: int | Tensor) -> int | Tensor:
+        """The page-table entry of a page, or int32 entries of a tensor of pages. ValueError: a pool or page that is not
+        there, seen in tensors on the CPU."""
+        pool = _int("pool", pool)
         if not 0 <= pool < len(self.pools):
             raise ValueError(f"pool must be 0 to {len(self.pools) - 1}; got {pool}")
-        if not 0 <= page < self._tensors(pool)[0].shape[0]:
-            raise ValueError(
-                f"page must be below {self._tensors(pool)[0].shape[0]}, the pages of pool {pool}; got {page}"
-            )
-        return pool << PAGE_BITS | page
+        if isinstance(page, Tensor):
+            if page.is_floating_point() or page.dtype == torch.bool:
+                raise TypeError(f"page must be an int or a tensor of ints; got {page.dtype}")
+            seen = page.device.type == "cpu" and page.numel() > 0 and not torch.compiler.is_compiling()
+            ends = [int(page.min()), int(page.max())] if seen else []
+            entries: int | Tensor = page.int() | pool << PAGE_BITS
+        else:
+            ends = [_int("page", page)]
+            entries = ends[0] | pool << PAGE_BITS
+        for n in ends:
+            if not 0 <= n < self._tensors(pool)[0].shape[0]:
+                raise ValueError(
+                    f"page must be below {self._tensors(pool)[0].shape[0]}, the pages of pool {pool}; got {n}"
+                )
+        return entries
+
+    def __repr__(self) -> str:
+        try:
+            pools = [
+                f"{fmt.name}{' (two caches)' if isinstance(pool, tuple) else ''}: {self._tensors(i)[0].shape[0]} pages"
+                for i, (fmt, pool) in enumerate(zip(self.formats, self.pools))
+            ]
+            shape = f"{self.num_kv_heads} heads of {self.head_dim}, {self.page_size} tokens a page"
+            basis = "" if self.transform is None else ", transform"
+            return f"PagedKV({'; '.join(pools)}; {shape}{basis}, {self.nbytes / 1e6:.2f} MB)"
+        except Exception:  # whatever is wrong with it, a debugger may print it
+            return f"PagedKV{tuple.__repr__(self)}"
 
     def _tensors(self, pool: int) -> tuple[Tensor, ...]:
         tensors = self.pools[pool]

@@ -38,6 +38,15 @@ class PageSummaries(NamedTuple):
         """Bytes of all records, used or not."""
         return sum(r.nbytes for r in self.records)
 
+    def __repr__(self) -> str:
+        counts = " + ".join(str(r.shape[0]) for r in self.records)
+        of = "segments" if self.segments is not None else "pages"
+        extent = f"{self.page_size} tokens a page" if self.segments is None else f"page_size {self.page_size}"
+        return (
+            f"PageSummaries({self.kind}, {self.bits} bits; records of {counts} {of}, head_dim {self.head_dim}, "
+            f"{extent}, {self.nbytes / 1e6:.2f} MB)"
+        )
+
 
 def record_bytes(kind: str, bits: int, page_size: int, head_dim: int, channels: int = 0) -> int:
     """Of one page and KV head; channels: how many of them a record of that kind has."""

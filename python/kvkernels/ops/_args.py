@@ -7,31 +7,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from kvkernels.formats import CODECS, HEAD_DIMS, PACKED_HEAD_DIMS, PAGE_ALIGN, Format
-from kvkernels.paged_kv import TWO_CACHES, PagedKV, Pool
+from kvkernels.paged_kv import PagedKV, format_code
 
 NO_TRANSFORM = (None, None, None)  # centre, balance, order
-
-# Functions where Format and PagedKV have properties: torch.compile of torch 2.10 does not trace into a property of a
-# NamedTuple.
-
-
-def format_code(fmt: Format, pool: Pool) -> int:
-    """PagedKV.code."""
-    code = CODECS[fmt.k].NUMBER | CODECS[fmt.v].NUMBER << 8
-    return code | TWO_CACHES if isinstance(pool, tuple) else code
-
-
-def head_dim(kv: PagedKV) -> int:
-    """PagedKV.head_dim."""
-    pool, fmt = kv.pools[0], kv.formats[0]
-    if isinstance(pool, tuple):
-        return pool[0].shape[-1]
-    packed = CODECS[fmt.k].PACKED or CODECS[fmt.v].PACKED
-    for n in PACKED_HEAD_DIMS if packed else HEAD_DIMS:
-        if -(-fmt.data_bytes(kv.page_size, n) // PAGE_ALIGN) * PAGE_ALIGN == pool.shape[-1]:
-            return n
-    return kv.head_dim  # which says what is wrong
 
 
 def all_pools(op: str, kv: PagedKV) -> tuple[list[Tensor], list[int]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvkernels.formats import encode_page, format, formats
 from kvkernels.ops import _args, _reference
 from kvkernels.ops._refusal import refused
-from kvkernels.paged_kv import PagedKV
+from kvkernels.paged_kv import PagedKV, head_dim_of
 
 DTYPES = ()  # pages only
 FORMATS = tuple(f.name for f in formats())
@@ -35,7 +35,7 @@ def pack_pages(kv: PagedKV, src: int, dst: int, pairs: Tensor) -> None:
         if torch.is_grad_enabled():
             _args.refuse_grad("pack_pages", src_k=src_first, src_v=src_second, dst_k=dst_first, dst_v=dst_second)
         centre, balance, order = kv.transform or _args.NO_TRANSFORM
-        _op(src_first, src_second, src_code, dst_first, dst_second, dst_code, kv.page_size, _args.head_dim(kv), pairs,
+        _op(src_first, src_second, src_code, dst_first, dst_second, dst_code, kv.page_size, head_dim_of(kv), pairs,
             centre, balance, order)  # fmt: skip
         _args.written(dst_first, dst_second)
     except Exception as e:

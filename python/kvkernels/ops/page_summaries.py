@@ -9,7 +9,7 @@ from torch import Tensor
 from kvkernels.formats import format, formats
 from kvkernels.ops import _args, _reference
 from kvkernels.ops._refusal import refused
-from kvkernels.paged_kv import PagedKV, zero_pool
+from kvkernels.paged_kv import PagedKV, head_dim_of, zero_pool
 from kvkernels.summaries import KINDS, PageSummaries, encode, record_bytes
 
 DTYPES = ()  # pages only
@@ -73,7 +73,7 @@ def page_summaries(
         pools, codes = _args.all_pools("page_summaries", kv)
         if torch.is_grad_enabled():
             _args.refuse_grad("page_summaries", **{f"pool tensor {i}": pool for i, pool in enumerate(pools)})
-        head_dim, page_size = _args.head_dim(kv), kv.page_size
+        head_dim, page_size = head_dim_of(kv), kv.page_size
         if out is None:
             size = record_bytes(kind, bits, page_size, head_dim, 0 if channels is None else channels.shape[-1])
             heads = pools[0].shape[1]

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvkernels.formats import format, formats
 from kvkernels.ops import _args, _reference
 from kvkernels.ops._refusal import refused
-from kvkernels.paged_kv import PagedKV
+from kvkernels.paged_kv import PagedKV, head_dim_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = tuple(f.name for f in formats())
@@ -37,7 +37,7 @@ def read_kv(
     """
     try:
         first, second, code = _args.one_pool("read_kv", kv, pool)
-        head_dim = _args.head_dim(kv)
+        head_dim = head_dim_of(kv)
         if out is None:
             shape = (slots.shape[0] if slots.dim() else 0, first.shape[1], head_dim)
             out = (
