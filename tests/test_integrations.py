@@ -525,6 +525,65 @@ def test_a_step_that_fails_at_its_first_layer_changes_nothing(
     assert cache.nbytes == undisturbed.nbytes
 
 
+LATENT = {
+    "moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+    "kv_lora_rank": 64, "q_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_latent_attention_is_refused() -> None:
+    """By attach, and at the first layer of a prompt for a model that was made with our attention, or with its own."""
+    config = transformers.DeepseekV3Config(**{**COMMON, **LATENT, "head_dim": None})
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"attach: DeepseekV3ForCausalLM has multi-head latent attention .*rank = 64"):
+        attach(model)
+    for name in ("kvkernels", "sdpa"):
+        model.set_attn_implementation(name)
+        with pytest.raises(
+            ValueError, match=r"layer 0 caches keys of \[1, 1, 5, 64\] and values of \[1, 1, 5, 32\].*MLA"
+        ):
+            model(text(1, 5), past_key_values=KVCache())
+
+
+@torch.no_grad()
+def test_chunked_attention_is_refused() -> None:
+    """Every fourth layer of Llama 4 sees all tokens, the others chunks. Without our attention the cache serves."""
+    config = transformers.Llama4TextConfig(
+        **{**COMMON, "num_hidden_layers": 4}, attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=64
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.Llama4ForCausalLM(config).eval(), text(1, 45)
+    exact = forced(model, DynamicCache(config=config), ids, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert error(forced(model, KVCache(**F16), ids, 40), exact) < 2e-3 * float(exact.abs().max())
+    with pytest.raises(ValueError, match=r"attach: Llama4ForCausalLM: layer 0 has chunked attention .*size = 16"):
+        attach(model)
+    model.set_attn_implementation("kvkernels")
+    with pytest.raises(ValueError, match="KVCache: layer 0 has chunked attention"):
+        model(ids, past_key_values=(cache := KVCache(**F16)))
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_two_models_in_one_cache() -> None:
+    model, ids, cache = attach(make("llama")), text(2, 30), KVCache(**F16)
+    model(ids, past_key_values=cache)
+    for name, changes, message in (
+        (
+            "qwen3",
+            {},
+            "layer 0 holds keys of 2 heads of 64 channels on cpu; got 1 of 128 on cpu. A cache is for one model",
+        ),
+        ("llama", {"num_hidden_layers": 3}, r"layer 2 has 0 tokens and gets 5 .* batch or model; call reset\(\)"),
+    ):
+        with pytest.raises(ValueError, match=f"KVCache: {message}"):
+            attach(make(name, **changes))(ids[:, :5], past_key_values=copy.deepcopy(cache))
+    cache.reset()
+    attach(make("qwen3"))(ids, past_key_values=cache)
+
+
 @torch.no_grad()
 def test_a_transform_that_does_not_fit() -> None:
     model, ids = attach(make("llama")), text(1, 20)

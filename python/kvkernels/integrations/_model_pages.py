@@ -145,6 +145,14 @@ class ModelPages:
         """
         batch, columns = k.shape[0], k.shape[2]
         step = self.step
+        if layer.pages is not None:
+            kv = layer.pages.kv
+            held, new = (kv.num_kv_heads, kv.head_dim, kv.device), (k.shape[1], k.shape[3], k.device)
+            if new != held:
+                raise ValueError(
+                    "KVCache: layer {} holds keys of {} heads of {} channels on {}; got {} of {} on {}. A cache is for "
+                    "one model; reset() empties it".format(layer.index, *held, *new)
+                )
         if layer.columns == self.columns:
             step = self.step = self._new_step(batch, columns, tokens, direct)
             self.columns += columns
@@ -152,7 +160,7 @@ class ModelPages:
             raise ValueError(
                 f"KVCache: layer {layer.index} has {layer.columns} tokens and gets {columns} for {batch} sequences, "
                 f"where other layers have {self.columns} already: a forward pass was broken off, or was of another "
-                f"batch; call reset()"
+                f"batch or model; call reset()"
             )
         if layer.pages is None:
             self._make_pages(layer, step, k, window)

@@ -45,9 +45,17 @@ Model = TypeVar("Model")
 def attach(model: Model) -> Model:
     """Switch the attention of a model, of its text decoder if it has others too. Returns the model.
 
-    `model.set_attn_implementation("sdpa")` undoes it. ValueError: transformers cannot switch this model's attention.
+    `model.set_attn_implementation("sdpa")` undoes it. ValueError: transformers cannot switch this model's attention, or
+    pages cannot hold what it caches (multi-head latent attention), or it sees them in chunks (Llama 4).
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"attach: {type(model).__name__} has multi-head latent attention (kv_lora_rank = {config.kv_lora_rank}) "
+            f"in all layers: they cache latents, which pages of keys and values do not hold"
+        )
+    for layer in range(len(getattr(config, "layer_types", None) or ())):
+        _refuse_chunks(f"attach: {type(model).__name__}: ", config, layer)
     if config is model.config:  # type: ignore[attr-defined]
         model.set_attn_implementation(NAME)  # type: ignore[attr-defined]
     else:
@@ -105,7 +113,8 @@ class KVCache(Cache):
     was broken off later asks for reset().
 
     Not differentiable: ValueError with gradients on. ValueError: masks that hide stored tokens from short steps;
-    padding inside a sliding window. UserWarning: keys that are packed before there are enough to calibrate them.
+    padding inside a sliding window; keys and values of two shapes (multi-head latent attention); chunked attention; two
+    models of different shapes. UserWarning: keys that are packed before there are enough to calibrate them.
     """
 
     def __init__(
@@ -189,6 +198,12 @@ class KVCache(Cache):
         because attention knows which of them are padding."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError("KVCache: keys require grad, but a cache has no backward; use torch.no_grad()")
+        if key_states.shape != value_states.shape:
+            raise ValueError(
+                f"KVCache: layer {layer_idx} caches keys of {list(key_states.shape)} and values of "
+                f"{list(value_states.shape)}: pages hold keys and values of one shape, not those of multi-head latent "
+                f"attention (MLA)"
+            )
         if torch.compiler.is_compiling():
             _traced.put(self, layer_idx, key_states, value_states)
             # Of no use to attention that was not switched, which then cannot be traced.
@@ -339,6 +354,8 @@ def attention(
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, kwargs)
     if dropout or kwargs.get("position_bias") is not None or kwargs.get("is_causal") is False:
         raise ValueError("KVCache: attention with dropout, position_bias or is_causal=False is not supported")
+    layer = key.source.layer.index if traced is None else traced[1]  # type: ignore[attr-defined]
+    _refuse_chunks("KVCache: ", getattr(module, "config", None), layer)
     if traced is not None:
         cache, layer, k, v = traced
         out = _compiled(cache.number, layer, query, k, v, attention_mask, scaling, sliding_window, softcap, s_aux)
@@ -346,6 +363,16 @@ def attention(
         assert isinstance(key, _Handle)
         out = _attend(key.source, query, attention_mask, scaling, sliding_window, softcap, s_aux)
     return out, None
+
+
+def _refuse_chunks(who: str, config: Any, layer: int) -> None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] == "chunked_attention":
+        raise ValueError(
+            f"{who}layer {layer} has chunked attention (attention_chunk_size = "
+            f"{getattr(config, 'attention_chunk_size', None)}), which attention on pages does not know; a model that "
+            f"is not attached may have a KVCache, and decodes all of it at every step"
+        )
 
 
 def _attend(
