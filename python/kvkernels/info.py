@@ -3,11 +3,11 @@
 import json
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from kvkernels import __version__
 from kvkernels._library import LIBRARY
 from kvkernels.formats import CODECS, format
 from kvkernels.ops import OPS
@@ -75,12 +75,8 @@ def info() -> Info:
     keys.
     """
     build = json.loads(torch.ops.kvkernels.build_info())
-    try:
-        own = version("kvkernels")
-    except PackageNotFoundError:
-        own = "(not installed)"
     return Info(
-        kvkernels=own,
+        kvkernels=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
         machine=platform.machine(),
