@@ -15,6 +15,7 @@ MAX_POOLS = 8  # a page-table entry is pool << 28 | page with a clear sign bit
 PAGE_BITS = 28
 PAGE_MASK = (1 << PAGE_BITS) - 1
 TWO_CACHES = 1 << 16  # of a pool's format code: K and V are two tensors
+OFFLOADED = 1 << 17  # the pool is a cache of pages that are in main memory
 
 FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -91,7 +92,7 @@ def check_transform(
 
 
 def format_code(fmt: Format, pool: Pool) -> int:
-    """PagedKV.code."""
+    """PagedKV.code, but for bit 17."""
     code = CODECS[fmt.k].NUMBER | CODECS[fmt.v].NUMBER << 8
     return code | TWO_CACHES if isinstance(pool, tuple) else code
 
@@ -126,6 +127,8 @@ class PagedKV(NamedTuple):
     formats:   the format of each pool
     page_size: tokens per page, the same in all pools; a multiple of 16 where a pool is packed
     transform: the basis of rotated keys, or None for centre 0, balance 1
+    offloaded: numbers of the pools that are caches of pages in main memory, of `offload`: only sparse_attention with
+               entries reads them
 
     A page table holds `entry(pool, page)`: one sequence may have its first and last pages in 16 bits, its middle in 2.
     """
@@ -134,6 +137,7 @@ class PagedKV(NamedTuple):
     formats: tuple[Format, ...]
     page_size: int
     transform: KVTransform | None = None
+    offloaded: tuple[int, ...] = ()
 
     @classmethod
     def empty(
@@ -225,8 +229,9 @@ class PagedKV(NamedTuple):
         return sum(t.nbytes for pool in range(len(self.pools)) for t in self._tensors(pool))
 
     def code(self, pool: int) -> int:
-        """The format of a pool as the ops take it: Format.code, plus bit 16 where K and V are two tensors."""
-        return format_code(self.formats[pool], self.pools[pool])
+        """The format of a pool as the ops take it: Format.code, plus bit 16 where K and V are two tensors, and bit 17
+        where it is offloaded."""
+        return format_code(self.formats[pool], self.pools[pool]) | (OFFLOADED if pool in self.offloaded else 0)
 
     @overload
     def entry(self, pool: int, page: int) -> int: ...

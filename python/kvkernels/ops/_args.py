@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from kvkernels.paged_kv import PagedKV, format_code
+from kvkernels.paged_kv import OFFLOADED, PagedKV, format_code
 
 NO_TRANSFORM = (None, None, None)  # centre, balance, order
 
@@ -25,6 +25,8 @@ def all_pools(op: str, kv: PagedKV) -> tuple[list[Tensor], list[int]]:
             tensors += pool
         else:
             tensors.append(pool)
+    for i in kv.offloaded:
+        codes[i] |= OFFLOADED
     return tensors, codes
 
 
@@ -34,6 +36,8 @@ def one_pool(op: str, kv: PagedKV, pool: int, name: str = "pool") -> tuple[Tenso
         raise ValueError(f"{op}: {name} must be in [0, {len(kv.pools)}), the pools of kv; got {pool}")
     tensors = kv.pools[pool]
     code = format_code(kv.formats[pool], tensors)
+    if pool in kv.offloaded:
+        code |= OFFLOADED
     return (*tensors, code) if isinstance(tensors, tuple) else (tensors, None, code)
 
 
