@@ -47,8 +47,8 @@ def offload(kv: PagedKV, pool: int, slots: int, batch: int, max_pages: int) -> t
 
     Returns kv with the cache as that pool, and what gather_pages takes. Page-table entries stay as they are: those of
     the pool number pages of `host` from now on, so only sparse_attention with the entries of gather_pages reads them.
-    Pages are written to host, or to a 16-bit pool that stays and goes to host when its pages are full. ValueError: a
-    pool kv does not have, numbers below 1.
+    Pages are written to host, or to a 16-bit pool that stays and goes to host when its pages are full. A pool without
+    pages gives a host without. ValueError: a pool kv does not have, numbers below 1.
     """
     if not 0 <= pool < len(kv.pools):
         raise ValueError(f"offload: pool must be in [0, {len(kv.pools)}), the pools of kv; got {pool}")
