@@ -540,6 +540,8 @@ def test_other_errors() -> None:
         kk.KVCache(2, 2, 64)
     with pytest.raises(TypeError, match="v must be a tensor; got list"):
         cache.append(x, [1])
+    with pytest.raises(TypeError, match="float"):
+        cache.append(x[:, None], x[:, None], [0.5, 1])
     with pytest.raises(TypeError, match="k must be floating point"):
         cache.append(x.int(), x)
     with pytest.raises(ValueError, match="k requires grad"):

@@ -310,7 +310,7 @@ class KVCache:
             raise ValueError(f"KVCache.append: v must have k's shape {list(k.shape)}; got {list(v.shape)}")
         tokens = k.shape[1]
         given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-        counts = [tokens] * batch if given is None else [int(n) for n in given]
+        counts = [tokens] * batch if given is None else [operator.index(n) for n in given]
         if len(counts) != batch or not all(0 <= n <= tokens for n in counts):
             raise ValueError(f"KVCache.append: lengths must be {batch} numbers from 0 to T = {tokens}; got {counts}")
         for row, n in enumerate(counts):
@@ -322,7 +322,7 @@ class KVCache:
         return counts
 
     def _check_rows(self, what: str, rows: Sequence[int] | Tensor) -> list[int]:
-        given = [int(i) for i in (rows.tolist() if isinstance(rows, Tensor) else rows)]
+        given = [operator.index(i) for i in (rows.tolist() if isinstance(rows, Tensor) else rows)]
         if not all(0 <= i < self._batch for i in given):
             raise ValueError(f"KVCache.{what} must be 0 to {self._batch - 1}; got {given}")
         return given

@@ -159,8 +159,9 @@ class Paging:
         whole = self._add_packed(starts, packed)
         copied, slots, written = self._add_window(starts, ends, tokens)
         left = self._pack(starts, packed)
-        for row, first in enumerate(self.first):  # after pages were taken: what is given up is whole, should it fail
-            self._give_up(row, self._before.first[row], first)
+        if self.attended is not None:  # after pages were taken: should the step fail, what is given up is still whole
+            for row, first in enumerate(self.first):
+                self._give_up(row, self._before.first[row], first)
         self._set_lens(ends)
         return Append(self.num_pages, leaving, whole, copied, slots, written, left)
 
