@@ -21,11 +21,12 @@ def pack_pages(kv: PagedKV, src: int, dst: int, pairs: Tensor) -> None:
 
     kv         pool `dst` is written in place; kv.transform is undone (src rotated) and applied (dst rotated) on keys
     src, dst   pool numbers; they may be the same if no page is both read and written
-    pairs      int32 [N, 2]: source page, destination page. A pair with a negative entry is skipped.
+    pairs      int32 [N, 2]: source page, destination page, which no other pair has. A pair with a negative entry is
+               skipped.
 
     Whole pages are read and written: unwritten tokens of a source page are coded as they are, so for formats that code
     the keys of a page at once (kivi2) a page should be full. N = 0 does nothing. ValueError: dtypes, shapes or devices
-    that do not fit, a pool kv does not have, a page past a pool (seen on CPU).
+    that do not fit, a pool kv does not have, a page past a pool, written twice, or read and written (seen on CPU).
 
     Source: the formats' own definitions, kvkernels/formats.
     """

@@ -100,8 +100,8 @@ def quant_attention(
     sinks         float32 [Hq]: one more logit per head that joins the softmax denominator and lse, but has no value
     alibi_slopes  float32 [Hq] or [B, Hq]: adds -slope * (distance in tokens) to the scores, after the softcap
     tree_mask     int32 [B, Tq]: the queries are a tree of drafts, not a chain. Bit j of entry i says whether query i
-                  sees token L - Tq + j: its ancestors, and itself (bit i must be set). Its position, for windows and
-                  ALiBi, is L - Tq + its depth; all tokens before L - Tq are seen
+                  sees token L - Tq + j: its ancestors, all before it, and itself (bit i must be set). Its position, for
+                  windows and ALiBi, is L - Tq + its depth; all tokens before L - Tq are seen
     head_windows  int32 [Hkv, 2] (sink, window): queries of the KV head at position p see tokens 0 ... sink - 1 and
                   p - window ... p; window -1: all. Not together with window
     extra         (k, v, bias): one more token per sequence and KV head, which stands for tokens that were dropped: its

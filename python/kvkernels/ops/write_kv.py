@@ -19,14 +19,16 @@ _op = torch.ops.kvkernels.write_kv.default
 def write_kv(k: Tensor, v: Tensor, kv: PagedKV, pool: int, slots: Tensor) -> None:
     """Write T tokens into the pages of one pool, in the pool's format.
 
-    k, v    [T, Hkv, D] float32, float16 or bfloat16, keys after RoPE; contiguous in the last dim
+    k, v    [T, Hkv, D] float32, float16 or bfloat16, keys after RoPE; contiguous in the last dim, not in the memory of
+            a page that is written
     kv      its pool number `pool` is written in place; kv.transform is applied to the keys if the format rotates
     slots   int64 [T]: page * page_size + offset in the page. Negative: the token is skipped. Two tokens must not share
             a slot.
 
     The other tokens of a page keep their bytes. T = 0 does nothing. ValueError: dtypes, shapes or devices that do not
-    fit, a pool kv does not have, a slot past the pool (seen on CPU), inputs that require grad, and formats that code
-    the keys of a whole page at once (kivi2): fill a 16-bit page and re-encode it with pack_pages.
+    fit, a pool kv does not have, a slot past the pool or k, v in a page that is written (seen on CPU), inputs that
+    require grad, and formats that code the keys of a whole page at once (kivi2): fill a 16-bit page and re-encode it
+    with pack_pages.
 
     Source: rotation and one scale per token as in RotateKV, arXiv:2501.16383; formats in kvkernels/formats.
     """
