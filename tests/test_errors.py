@@ -11,7 +11,7 @@ from backends import CPU, DEVICE, GPU, Q_DTYPE
 from torch import Tensor
 
 import kvkernels as kk
-from kvkernels.formats import CODECS
+from kvkernels.formats import CODECS, HEAD_DIMS, PACKED_HEAD_DIMS
 from kvkernels.ops import OPS
 
 Args = dict[str, Any]
@@ -95,6 +95,7 @@ OPTIONS: list[tuple[Args, str]] = [
     ({"tree_mask": TREE[:3]}, "tree_mask must be [B, Tq], got [3, 1]; B = 4 from q.size(0)"),
     ({"tree_mask": TREE + 2}, "tree_mask[0, 0] = 3 has bits beyond those of the Tq = 1 tokens"),
     ({"tree_mask": TREE - 1}, "tree_mask[0, 0] = 0 lacks bit 0: a token sees itself"),
+    ({"tree_mask": TREE.repeat(1, 2) * 3, "q": FOUR[:, :2]}, "tree_mask[1, 0] = 3 has bits above 0: a token's ancestors stand before it"),
     ({"tree_mask": meta(TREE)}, "tree_mask is on meta, but q is on cpu"),
     ({"head_windows": WINDOWS.long()}, "head_windows must be int32, got int64"),
     ({"head_windows": WINDOWS[:1]}, "head_windows must be [Hkv, 2], got [1, 2]; Hkv = 2 from"),
@@ -411,6 +412,8 @@ PACK: list[tuple[Args, str]] = [
     ({"pairs": meta(PAIRS)}, "pairs is on meta, but src is on cpu"),
     ({"pairs": PAIRS + 1}, "pairs[0, 1] = 5, but dst has 5 pages"),
     ({"pairs": PAIRS.flip(1)}, "pairs[0, 0] = 4, but src has 4 pages"),
+    ({"pairs": PAIRS * 0}, "pairs[0, 1] and pairs[1, 1] are both page 0 of dst, but a page that is written belongs to one pair, and is not read"),
+    ({"src": 0}, "pairs[0, 0] and pairs[1, 1] are both page 0 of dst, but a page that is written belongs to one pair, and is not read"),
 ]  # fmt: skip
 
 
@@ -429,8 +432,9 @@ MERGE: list[tuple[Args, str]] = [
     ({"outs": [*OUTS[:1]] * 16 + [OUTS[0].half()], "lses": [*LSES[:1]] * 17}, "outs[16] must be float32 [4, 6, 64] like outs[0], got float16 [4, 6, 64]"),
     ({"lses": [*LSES[:2], LSES[2, 0]]}, "lses[2] must be float32 [4, 6] like lses[0], got float32 [6]"),
     ({"outs": [*OUTS], "lses": [*LSES[:2]]}, "outs has 3 tensors and lses 2"),
-    ({"outs": [*OUTS[:2], OUTS[2, :3]], "lses": [*LSES]}, "outs must be outs[0].shape = [4, 6, 64], got [3, 6, 64]"),
-    ({"outs": [*OUTS[:2], OUTS[2].half()], "lses": [*LSES]}, "outs must be float32 like outs, got float16"),
+    ({"outs": [*OUTS[:2], OUTS[2, :3]], "lses": [*LSES]}, "outs[2] must be outs[0].shape = [4, 6, 64], got [3, 6, 64]"),
+    ({"outs": [*OUTS[:2], OUTS[2].half()], "lses": [*LSES]}, "outs[2] must be float32 like outs[0], got float16"),
+    ({"outs": [*OUTS], "lses": [*LSES[:2], LSES[2].half()]}, "lses[2] must be float32, got float16"),
     ({"lses": LSES.half()}, "lses must be float32, got float16"),
     ({"lses": LSES[:2]}, "lses must be outs.shape[:-1] = [3, 4, 6], got [2, 4, 6]"),
     ({"lses": LSES[..., None]}, "lses must be outs.shape[:-1] = [3, 4, 6], got [3, 4, 6, 1]"),
@@ -917,8 +921,32 @@ def test_unknown_formats_list_the_known() -> None:
     listed = "there are: " + " ".join(f"{name}={codec.NUMBER}" for name, codec in CODECS.items())
     with pytest.raises(BELOW, match=f"unknown KV format number 99; {re.escape(listed)}"):
         torch.ops.kvkernels.page_bytes(99, 0, 16, 64)
-    with pytest.raises(BELOW, match=r"format code 131072 is not k \| v << 8 \| two_caches << 16"):
-        read_op(format=1 << 17)
+    with pytest.raises(BELOW, match=r"format code 262144 is not k \| v << 8 \| two_caches << 16 \| offloaded << 17"):
+        read_op(format=1 << 18)
+
+
+def test_head_dims_are_those_of_python() -> None:
+    for name, dims in (("bf16", HEAD_DIMS), ("u2", PACKED_HEAD_DIMS)):
+        number = CODECS[name].NUMBER
+        listed = ", ".join(map(str, dims))
+        with pytest.raises(BELOW, match=f"head_dim must be one of {listed}[,;]"):
+            torch.ops.kvkernels.page_bytes(number, number, 16, 72)
+
+
+@pytest.mark.skipif(not CPU, reason="other backends are given copies")
+def test_tokens_of_a_page_that_is_written_are_refused() -> None:
+    """Moving tokens within a cache: from other pages it works."""
+    k, v = torch.randn(2, 3, 32, 2, 128).bfloat16()
+    kv = kk.PagedKV.from_caches(k, v)
+    with pytest.raises(ValueError, match=re.escape("write_kv: v shares memory with page 1 of v_cache of pool, which "
+                                                   "slots[1] = 40 writes; pass v.clone()")):  # fmt: skip
+        kk.write_kv(k[0, :2], v[1, :2], kv, 0, torch.tensor([-1, 40]))
+    with pytest.raises(ValueError, match=re.escape("write_kv: k shares memory with page 1 of k_cache of pool")):
+        kk.write_kv(k[0:2].flatten(0, 1)[31:33], v[0, :2], kv, 0, torch.tensor([70, 32]))
+    want = k[0, :2].clone(), v[2, 5:7].clone()
+    kk.write_kv(k[0, :2], v[2, 5:7], kv, 0, torch.tensor([40, 41]))
+    assert torch.equal(k[1, 8:10], want[0])
+    assert torch.equal(v[1, 8:10], want[1])
 
 
 # What an op without its wrapper raises: torch 2.15 makes a RuntimeError of std::invalid_argument.
@@ -942,6 +970,8 @@ def read_op(**change: Any) -> None:
         ({"k": torch.zeros(7, 2, 64)}, "k must be [T, Hkv, D], got [7, 2, 64]; D = 128 from head_dim"),
         ({"v": torch.zeros(7, 2, 128).half()}, "v must be float32 like k, got float16"),
         ({"k": torch.zeros(7, 4, 128)[:, :2]}, "k must be contiguous, got strides [512, 128, 1]"),
+        ({"slots": None}, "slots must be a tensor, got None"),
+        ({"pool": None}, "pool must be a tensor, got None"),
         ({"head_dim": 96}, "head_dim must be one of 64, 128, 256, because pool is u2/u2; got 96 from head_dim"),
     ],
 )

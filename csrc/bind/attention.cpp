@@ -40,6 +40,9 @@ void check_tree(const Check& c, const AttentionParams& p) {
       const uint32_t bits = static_cast<uint32_t>(p.tree_mask[b * p.tree_stride + i]);
       if (bits >> p.Tq)
         c.refuse("tree_mask[", b, ", ", i, "] = ", bits, " has bits beyond those of the Tq = ", p.Tq, " tokens");
+      if (bits >> i >> 1)
+        c.refuse("tree_mask[", b, ", ", i, "] = ", bits, " has bits above ", i,
+                 ": a token's ancestors stand before it");
       if (!(bits >> i & 1)) c.refuse("tree_mask[", b, ", ", i, "] = ", bits, " lacks bit ", i, ": a token sees itself");
     }
 }
@@ -188,8 +191,8 @@ void fill_plan(Check& c, AttentionParams& p, const AttentionOptions& o) {
 
 void fill_pools(Check& c, AttentionParams& p, const Queries& q, const std::vector<Tensor>& pools,
                 const std::vector<int64_t>& formats, int64_t page_size, const TransformArguments& transform,
-                bool mapped) {
-  p.num_pools = make_pools(c, pools, formats, page_size, p.D, q.D_from(), p.pools);
+                bool mapped, Offloaded offloaded) {
+  p.num_pools = make_pools(c, pools, formats, page_size, p.D, q.D_from(), p.pools, offloaded);
   p.page_size = page_size;
   p.Hkv = pools[0].size(1);
   p.k_share = p.v_share = 1;

@@ -39,7 +39,7 @@ struct AttentionOptions {
 // K and V in the pools of a PagedKV: all that has to be known before attend. With a head map Hq may be any.
 void fill_pools(Check& c, AttentionParams& p, const Queries& q, const std::vector<Tensor>& pools,
                 const std::vector<int64_t>& formats, int64_t page_size, const TransformArguments& transform,
-                bool mapped);
+                bool mapped, Offloaded offloaded = Offloaded::refused);
 
 // Checks the rest, fills it in and runs.
 void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& names, const Tensor& page_table,

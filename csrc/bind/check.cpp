@@ -44,6 +44,13 @@ std::string device_text(int32_t type, int32_t index) {
   return "device type " + std::to_string(type);
 }
 
+// None arrives as a tensor that is not defined. Its dtype is none of those allowed, so it is looked at on refusals alone.
+void refuse_none(const Check& c, const View& v) {
+  bool defined = true;
+  aoti_torch_is_defined(v.handle, &defined);
+  if (!defined) c.refuse(v.name, " must be a tensor, got None");
+}
+
 // [begin, end) of the next word, or false
 bool next_word(const char** text, const char** begin, int* len) {
   const char* p = *text;
@@ -132,10 +139,14 @@ View Check::any(const char* name, const Tensor& t, unsigned allowed, LastDim las
     device_type_ = type;
     device_index_ = index;
   } else if (type != device_type_ || index != device_index_) {
+    refuse_none(*this, v);
     refuse(name, " is on ", device_text(type, index), ", but ", first_, " is on ",
            device_text(device_type_, device_index_));
   }
-  if (!(v.dtype & allowed)) refuse(name, " must be ", set_text(allowed), ", got ", dtype_text(v));
+  if (!(v.dtype & allowed)) {
+    refuse_none(*this, v);
+    refuse(name, " must be ", set_text(allowed), ", got ", dtype_text(v));
+  }
   if (last == LastDim::dense && v.dim > 0 && v.size[v.dim - 1] > 1 && v.stride[v.dim - 1] != 1)
     refuse(name, " must be contiguous in its last dim, got strides ", shape_text(v.stride, v.dim));
   if constexpr (kEmulated) arguments_.add(v.name, v.data(), v.span(), false);

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+#include <string>
 #include <vector>
 
 #include "bind/check.h"
@@ -15,6 +17,14 @@ namespace {
 void same_shape(const Check& c, const View& v, const char* rule, const int64_t* size, int64_t dim) {
   if (v.dim == dim && std::equal(size, size + dim, v.size)) return;
   c.refuse(v.name, " must be ", rule, " = ", shape_text(size, dim), ", got ", shape_text(v.size, v.dim));
+}
+
+// What the tensors of a list are called: "outs[0]", ...
+using Names = std::array<std::string, kMaxMergeParts>;
+Names numbered(const char* list) {
+  Names names;
+  for (size_t i = 0; i < names.size(); ++i) names[i] = list + ("[" + std::to_string(i) + "]");
+  return names;
 }
 
 // `copy` keeps what had to be copied.
@@ -34,15 +44,16 @@ void merge_states(const std::vector<Tensor>& outs, const std::vector<Tensor>& ls
   MergeStatesParams p{};
   std::vector<Tensor> copies;
   copies.reserve(2 * parts);
+  static const Names out_names = numbered("outs"), lse_names = numbered("lses");
   View a, l;
   const bool stacked = outs[0].dim() > out_arg.dim();
   for (size_t s = 0; s < parts; ++s) {
-    const View x = contiguous(c, "outs", outs[s], kFloats, copies);
+    const View x = contiguous(c, stacked ? "outs" : out_names[s].c_str(), outs[s], kFloats, copies);
     if (s == 0) a = x;
     same_shape(c, x, "outs[0].shape", a.size, a.dim);
     c.same_dtype(x, a);
     if (x.dim < 1 + stacked) c.refuse("outs must be [S, ..., D], got ", shape_text(x.size, x.dim));
-    l = contiguous(c, "lses", lses[s], kF32, copies);
+    l = contiguous(c, stacked ? "lses" : lse_names[s].c_str(), lses[s], kF32, copies);
     same_shape(c, l, "outs.shape[:-1]", a.size, a.dim - 1);
     p.outs[s] = x.data();
     p.lses[s] = l.data<float>();

@@ -3,6 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "bind/check.h"
 #include "bind/exec.h"
 #include "bind/pool.h"
@@ -13,6 +17,25 @@ namespace {
 constexpr PoolNames kSrc{"src", "k_cache of src", "v_cache of src"};
 constexpr PoolNames kDst{"dst", "k_cache of dst", "v_cache of dst"};
 
+// Threads take the pairs in any order, so a page that is written belongs to one pair, and is not read.
+void check_written_pages(const Check& c, const PackPagesParams& p) {
+  std::vector<std::pair<int32_t, int64_t>> used;  // page, its place in pairs: at an odd one it is written
+  used.reserve(static_cast<size_t>(2 * p.N));
+  for (int64_t i = 0; i < p.N; ++i) {
+    if (p.pairs[2 * i] < 0 || p.pairs[2 * i + 1] < 0) continue;
+    if (p.src.k == p.dst.k) used.emplace_back(p.pairs[2 * i], 2 * i);
+    used.emplace_back(p.pairs[2 * i + 1], 2 * i + 1);
+  }
+  std::sort(used.begin(), used.end());
+  for (size_t i = 1; i < used.size(); ++i) {
+    const auto [page, at] = used[i - 1];
+    const auto [next, next_at] = used[i];
+    if (page == next && (at % 2 || next_at % 2))
+      c.refuse("pairs[", at / 2, ", ", at % 2, "] and pairs[", next_at / 2, ", ", next_at % 2, "] are both page ", page,
+               " of dst, but a page that is written belongs to one pair, and is not read");
+  }
+}
+
 // Pages of a CPU call are visible, so a bad one is an error and not a write outside the pool.
 void check_pairs(const Check& c, const PackPagesParams& p) {
   for (int64_t i = 0; i < p.N; ++i) {
@@ -21,6 +44,7 @@ void check_pairs(const Check& c, const PackPagesParams& p) {
     if (s >= p.src.num_pages) c.refuse("pairs[", i, ", 0] = ", s, ", but src has ", p.src.num_pages, " pages");
     if (d >= p.dst.num_pages) c.refuse("pairs[", i, ", 1] = ", d, ", but dst has ", p.dst.num_pages, " pages");
   }
+  check_written_pages(c, p);
 }
 
 void pack_pages(const Tensor& src, const std::optional<Tensor>& src_v, int64_t src_format, const Tensor& dst,

@@ -1,6 +1,10 @@
 #include "bind/pool.h"
 
+#include <algorithm>
 #include <bitset>
+#include <iterator>
+
+#include "kvkernels/head_dims.h"
 
 namespace kk::bind {
 
@@ -55,6 +59,17 @@ void check_order(const Check& c, const int32_t* order, int64_t heads, int64_t he
   }
 }
 
+template <size_t N>
+bool is_one_of(const int64_t (&allowed)[N], int64_t n) {
+  return std::find(std::begin(allowed), std::end(allowed), n) != std::end(allowed);
+}
+
+template <size_t N>
+std::string list_text(const int64_t (&allowed)[N]) {
+  const std::string s = shape_text(allowed, N);
+  return s.substr(1, s.size() - 2);
+}
+
 unsigned cache_dtype(Format f) { return f == Format::bf16 ? kBF16 : kF16; }
 
 }  // namespace
@@ -65,7 +80,7 @@ const char* format_name(Format f) {
   return name;
 }
 
-FormatCode format_code(const Check& c, const char* pool, int64_t code) {
+FormatCode format_code(const Check& c, const char* pool, int64_t code, Offloaded offloaded) {
   const int64_t k = code & 255, v = code >> 8 & 255;
   for (const int64_t n : {k, v})
     if (!known(n)) {
@@ -75,8 +90,13 @@ FormatCode format_code(const Check& c, const char* pool, int64_t code) {
 #undef KK_FORMAT
       c.refuse(pool, ": unknown KV format number ", n, "; there are:", list);
     }
-  if (code < 0 || code >> 17) c.refuse(pool, ": format code ", code, " is not k | v << 8 | two_caches << 16");
-  FormatCode f{static_cast<Format>(k), static_cast<Format>(v), (code >> 16) != 0, false};
+  if (code < 0 || code >> 18)
+    c.refuse(pool, ": format code ", code, " is not k | v << 8 | two_caches << 16 | offloaded << 17");
+  if (code >> 17 && offloaded == Offloaded::refused)
+    c.refuse(pool,
+             " holds a cache of pages in main memory, in slots of its own, since kk.offload; only sparse_attention "
+             "reads it, with the entries that gather_pages gives");
+  FormatCode f{static_cast<Format>(k), static_cast<Format>(v), (code >> 16 & 1) != 0, false};
   f.packed = is_packed(f.k) || is_packed(f.v);
   if (keys_only(f.v))
     c.refuse(pool, ": ", format_name(f.v), " is a format for keys; its values need another one, such as u2");
@@ -89,9 +109,9 @@ void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64
   if (f.packed) {
     if (page_size < 16 || page_size % 16)
       c.refuse("page_size must be a multiple of 16, because ", pool, " is ", pair_name(f), "; got ", page_size);
-    if (head_dim != 64 && head_dim != 128 && head_dim != 256)
-      c.refuse("head_dim must be one of 64, 128, 256, because ", pool, " is ", pair_name(f), "; got ", head_dim,
-               " from ", head_dim_from);
+    if (!is_one_of(kPackedHeadDims, head_dim))
+      c.refuse("head_dim must be one of ", list_text(kPackedHeadDims), ", because ", pool, " is ", pair_name(f),
+               "; got ", head_dim, " from ", head_dim_from);
     return;
   }
   if (page_size < 1) c.refuse("page_size must be at least 1, got ", page_size);
@@ -99,17 +119,8 @@ void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64
 }
 
 void check_head_dim(const Check& c, int64_t head_dim, const char* from, const char* more) {
-  switch (head_dim) {
-    case 64:
-    case 80:
-    case 96:
-    case 112:
-    case 128:
-    case 192:
-    case 256:  // clang-format off
-      return;  // clang-format on
-  }
-  c.refuse("head_dim must be one of 64, 80, 96, 112, 128, 192, 256", more, "; got ", head_dim, " from ", from);
+  if (is_one_of(kHeadDims, head_dim)) return;
+  c.refuse("head_dim must be one of ", list_text(kHeadDims), more, "; got ", head_dim, " from ", from);
 }
 
 Pool make_pool(Check& c, const PoolNames& names, const FormatCode& f, const Tensor& first, const Tensor* second,
@@ -158,14 +169,14 @@ Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, c
 }
 
 int make_pools(Check& c, const std::vector<Tensor>& tensors, const std::vector<int64_t>& formats, int64_t page_size,
-               int64_t head_dim, const char* head_dim_from, Pool* pools) {
+               int64_t head_dim, const char* head_dim_from, Pool* pools, Offloaded offloaded) {
   if (formats.empty()) c.refuse("kv needs at least one pool");
   if (formats.size() > kMaxPools)
     c.refuse("kv has ", formats.size(), " pools, but a page table tells at most ", kMaxPools, " apart");
   size_t used = 0;
   for (size_t i = 0; i < formats.size(); ++i) {
     const PoolNames& names = kPoolNames[i];
-    const FormatCode f = format_code(c, names.record, formats[i]);
+    const FormatCode f = format_code(c, names.record, formats[i], offloaded);
     check_geometry(c, names.record, f, page_size, head_dim, head_dim_from);
     if (used + 1 + f.two_caches > tensors.size())
       c.refuse("formats ask for more tensors than the ", tensors.size(), " in pools");

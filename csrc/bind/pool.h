@@ -6,12 +6,15 @@
 
 namespace kk::bind {
 
-// Format argument of the ops: k_number | v_number << 8 | two_caches << 16.
+// Format argument of the ops: k_number | v_number << 8 | two_caches << 16 | offloaded << 17.
 struct FormatCode {
   Format k, v;
   bool two_caches;
   bool packed;  // on either side
 };
+
+// Pages of an offloaded pool stand in main memory; its tensor is a cache, whose slots are not the numbers in page tables.
+enum class Offloaded { refused, taken };
 
 // Names of the tensors of one pool in messages.
 struct PoolNames {
@@ -22,7 +25,7 @@ struct PoolNames {
 extern const PoolNames kPoolNames[kMaxPools];  // "pool 0", ...
 
 const char* format_name(Format f);
-FormatCode format_code(const Check& c, const char* pool, int64_t code);
+FormatCode format_code(const Check& c, const char* pool, int64_t code, Offloaded offloaded = Offloaded::refused);
 // What the format allows: head dims 64 128 256 and multiples of 16 tokens when a side is packed, more when none is.
 void check_geometry(const Check& c, const char* pool, const FormatCode& f, int64_t page_size, int64_t head_dim,
                     const char* head_dim_from);
@@ -38,7 +41,7 @@ Pool make_writable_pool(Check& c, const PoolNames& names, const FormatCode& f, c
 
 // All pools of a PagedKV: formats[i] says whether pool i takes one or two of the tensors. Returns how many there are.
 int make_pools(Check& c, const std::vector<Tensor>& tensors, const std::vector<int64_t>& formats, int64_t page_size,
-               int64_t head_dim, const char* head_dim_from, Pool* pools);
+               int64_t head_dim, const char* head_dim_from, Pool* pools, Offloaded offloaded = Offloaded::refused);
 
 // As they come from torch.
 struct TransformArguments {

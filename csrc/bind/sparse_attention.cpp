@@ -24,7 +24,8 @@ void sparse_attention(const Tensor& q_arg, const std::vector<Tensor>& pools, con
   AttentionParams p{};
   const Queries q = check_queries(c, q_arg);
   q.fill(p);
-  fill_pools(c, p, q, pools, formats, page_size, {centre, balance, order}, head_map.has_value());
+  fill_pools(c, p, q, pools, formats, page_size, {centre, balance, order}, head_map.has_value(),
+             entries ? Offloaded::taken : Offloaded::refused);
   p.selection = make_selection(c, p, pages, tokens, entries);
   attend(c, p, q, {"page_table", nullptr, pages ? "pages" : "tokens"}, page_table, seq_lens,
          {scale, window_left, softcap, sinks, alibi_slopes, split_tokens, tree_mask, head_windows, extra, head_map, {}},

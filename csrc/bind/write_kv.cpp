@@ -12,6 +12,23 @@ namespace {
 
 constexpr PoolNames kNames{"pool", "k_cache of pool", "v_cache of pool"};
 
+// Tokens are read while others are written, in any order, so none may stand in a page that is written.
+void check_overlap(const Check& c, const View& tokens, const View& pool, const View& slots, int64_t page_size) {
+  const auto *from = tokens.data<uint8_t>(), *to = from + tokens.span();
+  const auto* pages = pool.data<uint8_t>();
+  const int64_t bytes = pool.span();
+  if (from >= pages + bytes || pages >= to || pool.size[0] == 0) return;
+  const int64_t page = pool.stride[0] * (pool.dtype == kU8 ? 1 : 2), rest = bytes - (pool.size[0] - 1) * page;
+  for (int64_t i = 0; i < slots.size[0]; ++i) {
+    const int64_t slot = slots.data<int64_t>()[i];
+    if (slot < 0) continue;
+    const uint8_t* at = pages + slot / page_size * page;
+    if (from < at + rest && at < to)
+      c.refuse(tokens.name, " shares memory with page ", slot / page_size, " of ", pool.name, ", which slots[", i,
+               "] = ", slot, " writes; pass ", tokens.name, ".clone()");
+  }
+}
+
 void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, const std::optional<Tensor>& pool_v,
               int64_t format, int64_t page_size, const Tensor& slots_arg, const std::optional<Tensor>& centre,
               const std::optional<Tensor>& balance, const std::optional<Tensor>& order) {
@@ -28,7 +45,13 @@ void write_kv(const Tensor& k_arg, const Tensor& v_arg, const Tensor& pool, cons
   p.pool = make_writable_pool(c, kNames, f, pool, pool_v ? &*pool_v : nullptr, page_size, k.size[2]);
   const View slots = c.is("slots", slots_arg, kI64, "T");
   p.transform = make_transform(c, {centre, balance, order});
-  if (c.on_cpu()) check_slots(c, slots, kNames.record, p.pool, page_size);
+  if (c.on_cpu()) {
+    check_slots(c, slots, kNames.record, p.pool, page_size);
+    for (const View* tokens : {&k, &v}) {
+      check_overlap(c, *tokens, view(f.two_caches ? kNames.k : kNames.record, pool), slots, page_size);
+      if (pool_v) check_overlap(c, *tokens, view(kNames.v, *pool_v), slots, page_size);
+    }
+  }
 
   p.k = k.data();
   p.v = v.data();
