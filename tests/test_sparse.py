@@ -1,6 +1,7 @@
 """Laws of sparse attention: of summaries, scores, lists, attention over them, and pages in main memory."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -274,6 +275,35 @@ def test_offloaded_pages_give_the_same_attention(name: str) -> None:
         close(got, kk.sparse_attention(q, kv, table, lens, pages=pages, return_lse=True))
     offloaded = (table[:, :, None].transpose(1, 2) >> 28 == 0).sum().item()
     assert 0 < copied < 12 * 2 * HEADS * budget / 2, f"{copied} of {offloaded} pages"
+
+
+def test_the_cache_of_offloaded_pages_is_not_read_as_pages() -> None:
+    kv, table, lens, q = cache([400, 290], ("u2", "bf16"))
+    small, state = kk.offload(kv, 0, 8, 2, table.shape[1])
+    pages = lists([[1], [0]], [[5], [6]])
+    entries = kk.gather_pages(state, table, pages)
+    kk.sparse_attention(q, small, table, lens, pages=pages, entries=entries)
+    pairs, tokens = torch.tensor([[0, 1]], dtype=torch.int32), torch.zeros(1, HEADS, D)
+    calls: list[Callable[[kk.PagedKV], Any]] = [
+        lambda kv: kk.quant_attention(q, kv, table, lens),
+        lambda kv: kk.prefix_attention(q, kv, table, lens),
+        lambda kv: kk.sparse_attention(q, kv, table, lens, pages=pages),
+        lambda kv: kk.page_summaries(kv, table, lens, "mean"),
+        lambda kv: kk.score_tokens(q, kv, table, lens),
+        lambda kv: kk.read_kv(kv, 0, torch.arange(3)),
+        lambda kv: kk.write_kv(tokens, tokens, kv, 0, torch.tensor([0])),
+        lambda kv: kk.pack_pages(kv, 1, 0, pairs),
+        lambda kv: kk.pack_pages(kv, 0, 1, pairs),
+    ]
+    for call in calls:
+        call(kv)
+        with pytest.raises(
+            ValueError, match="holds a cache of pages in main memory"
+        ):
+            call(small)
+    with pytest.raises(ValueError, match="offload: pool 0 is in main memory already"):
+        kk.offload(small, 0, 8, 2, table.shape[1])
+    kk.write_kv(tokens, tokens, small, 1, torch.tensor([0]))
 
 
 def test_only_what_is_missing_is_copied() -> None:

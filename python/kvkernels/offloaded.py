@@ -46,12 +46,15 @@ def offload(kv: PagedKV, pool: int, slots: int, batch: int, max_pages: int) -> t
     max_pages  width of the page table
 
     Returns kv with the cache as that pool, and what gather_pages takes. Page-table entries stay as they are: those of
-    the pool number pages of `host` from now on, so only sparse_attention with the entries of gather_pages reads them.
+    the pool number pages of `host` from now on, so of the ops only sparse_attention with the entries of gather_pages
+    takes this kv whole; write_kv, read_kv and pack_pages take its other pools.
     Pages are written to host, or to a 16-bit pool that stays and goes to host when its pages are full. A pool without
     pages gives a host without. ValueError: a pool kv does not have, numbers below 1.
     """
     if not 0 <= pool < len(kv.pools):
         raise ValueError(f"offload: pool must be in [0, {len(kv.pools)}), the pools of kv; got {pool}")
+    if pool in kv.offloaded:
+        raise ValueError(f"offload: pool {pool} is in main memory already")
     for name, value in (("slots", slots), ("batch", batch), ("max_pages", max_pages)):
         if value < 1:
             raise ValueError(f"offload: {name} must be at least 1; got {value}")
@@ -72,7 +75,8 @@ def offload(kv: PagedKV, pool: int, slots: int, batch: int, max_pages: int) -> t
         torch.zeros(batch, heads, dtype=torch.int32, device=device),
         pool,
     )
-    return kv._replace(pools=(*kv.pools[:pool], cache, *kv.pools[pool + 1 :])), state
+    pools = (*kv.pools[:pool], cache, *kv.pools[pool + 1 :])
+    return kv._replace(pools=pools, offloaded=(*kv.offloaded, pool)), state
 
 
 def _records(k: Tensor, v: Tensor) -> Tensor:
