@@ -592,6 +592,7 @@ SCORE_TOKENS: list[tuple[Args, str]] = [
     *SCORE,
     ({"source": SUMMARIES}, "source must be a PagedKV, PageSummaries of kind channels or of segments; got kind minmax"),
     ({"source": LABELS._replace(channels=CHANNELS + 1)}, "channels[1, 2] = 128, but head_dim is 128"),
+    ({"source": LABELS._replace(channels=None)}, "source must be a PagedKV, PageSummaries of kind channels or of segments; got kind channels without its channels"),
     ({"source": LABELS._replace(bits=4)}, "records[0]: records of 192 bytes, but channels at 4 bits with head_dim 128 needs 112"),
     ({"source": SEGMENTED, "out": torch.zeros(4, 2, 3)}, "out must be float32 [4, 2, 96], [B, Hkv, max_pages * page_size]; got torch.float32 [4, 2, 3]"),
     ({"out": torch.zeros(4, 2, 3)}, "out must be [B, Hkv, n], got [4, 2, 3]; n = 96 from the width of page_table, in tokens"),

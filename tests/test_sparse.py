@@ -297,9 +297,7 @@ def test_the_cache_of_offloaded_pages_is_not_read_as_pages() -> None:
     ]
     for call in calls:
         call(kv)
-        with pytest.raises(
-            ValueError, match="holds a cache of pages in main memory"
-        ):
+        with pytest.raises(ValueError, match="holds a cache of pages in main memory"):
             call(small)
     with pytest.raises(ValueError, match="offload: pool 0 is in main memory already"):
         kk.offload(small, 0, 8, 2, table.shape[1])

@@ -36,8 +36,9 @@ def of_tokens(op: str, q: Tensor, source: PageSummaries | PagedKV, page_table: T
     page_size = source.page_size
     if isinstance(source, PageSummaries):
         if source.channels is None:
+            got = f"kind {source.kind}{' without its channels' if source.kind == 'channels' else ''}"
             raise ValueError(
-                f"{op}: source must be a PagedKV, PageSummaries of kind channels or of segments; got kind {source.kind}"
+                f"{op}: source must be a PagedKV, PageSummaries of kind channels or of segments; got {got}"
             )
         codes: list[int] = []
         tensors, bits, channels = list(source.records), source.bits, source.channels
