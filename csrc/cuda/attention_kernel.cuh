@@ -14,10 +14,11 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // ---- results
 
-// ln(exp(a) + exp(b)); -inf if both are.
+// ln(exp(a) + exp(b)); what is larger, if that is infinite; NaN, if either is.
 __device__ __forceinline__ float log_sum(float a, float b) {
   const float top = a > b ? a : b;
-  return top > -INFINITY ? top + logf(expf(a - top) + expf(b - top)) : top;
+  if (top - top == 0.0f) return top + logf(expf(a - top) + expf(b - top));
+  return a == a ? top : a;
 }
 
 // Sums, m and l of one query row -> out and lse. Each of the row's L lanes has 8 channels O times, 8 L channels apart.
@@ -30,16 +31,12 @@ __device__ __forceinline__ void write_row(const Params& p, int64_t b, int64_t t,
   float f = 0.0f, lse = -INFINITY, extra_weight = 0.0f;
   if (s.l > 0.0f || s.l != s.l) {
     f = 1.0f / s.l;
-    lse = s.m * kLn2 + logf(s.l);
+    lse = s.m == INFINITY ? s.m : s.m * kLn2 + logf(s.l);  // an infinite score makes l NaN
   }
-  if (p.sinks) {
-    const float joint = log_sum(lse, p.sinks[head]);
-    if (joint > -INFINITY) f *= expf(lse - joint);
-    lse = joint;
-  }
+  bool there = false;
   if (p.extra.k) {
     const float bias = p.extra.bias[b * p.extra.bias_batch + group * p.extra.bias_head];
-    const bool there = bias != -INFINITY;  // else k and v may hold anything
+    there = bias != -INFINITY;  // else k and v may hold anything
     const auto* q = static_cast<const uint16_t*>(p.q) + b * p.q_batch + t * p.q_token + head * p.q_head;
     const auto* k = static_cast<const uint16_t*>(p.extra.k) + b * p.extra.k_batch + group * p.extra.k_head;
     float dot = 0.0f;
@@ -54,10 +51,20 @@ __device__ __forceinline__ void write_row(const Params& p, int64_t b, int64_t t,
     if (p.softcap > 0.0f) score = p.softcap * tanhf(score / p.softcap);
     if (there) {
       const float joint = log_sum(lse, score + bias);
-      if (joint > -INFINITY) f *= expf(lse - joint);
-      extra_weight = expf(score + bias - joint);
+      if (joint != -INFINITY) {
+        f *= expf(lse - joint);
+        extra_weight = expf(score + bias - joint);
+      }
       lse = joint;
     }
+  }
+  if (p.sinks) {  // last, as one of +inf leaves no weight to the others
+    const float joint = log_sum(lse, p.sinks[head]);
+    if (joint != -INFINITY) {
+      f *= expf(lse - joint);
+      extra_weight *= expf(lse - joint);
+    }
+    lse = joint;
   }
   if (!active) return;
 #pragma unroll
@@ -66,7 +73,7 @@ __device__ __forceinline__ void write_row(const Params& p, int64_t b, int64_t t,
     if (channel >= p.Dv) continue;
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[o][i] *= f;
-    if (extra_weight != 0.0f) {
+    if (there) {
       const auto* v = static_cast<const uint16_t*>(p.extra.v) + b * p.extra.v_batch + group * p.extra.v_head;
       float y[8];
       load8(p.dtype, v + channel, p.layout.extra_vector, y);
