@@ -104,6 +104,16 @@ def test_an_extra_token_stands_for_its_number(dropped: int) -> None:
     close(got, kk.flash_decode(q, k, v, *rows([[*copies, 3, 5, 7], copies]), softcap=4.0, return_lse=True))
 
 
+@pytest.mark.parametrize("cap", [1e4, 1e6, 1e30])
+def test_a_cap_far_above_every_score_changes_nothing(cap: float) -> None:
+    gen = torch.Generator().manual_seed(0)
+    k, v = tokens(200, gen)
+    q = 3 * torch.randn(1, 4, D, generator=gen).to(Q_DTYPE)
+    pages = rows([list(range(200))])
+    capped = kk.flash_decode(q, k, v, *pages, softcap=cap, return_lse=True)
+    close(capped, kk.flash_decode(q, k, v, *pages, return_lse=True))
+
+
 def test_head_map_says_which_head_reads_which() -> None:
     gen = torch.Generator().manual_seed(0)
     k, v = tokens(60, gen, heads=4)

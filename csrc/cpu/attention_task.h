@@ -121,7 +121,7 @@ struct Task {
     }
     for (int i = 0; i < 2; ++i) basis[i].q = parts[i] ? a.take<float>(max_rows * D) : nullptr;
     decoded = other ? other->decoded : any_packed ? a.take<float>(kChunk * D) : nullptr;
-    codes = other ? other->codes : any_packed ? a.take<uint8_t>(kChunk * 2 * D + kCodesPad) : nullptr;
+    codes = other ? other->codes : any_packed ? a.take<uint8_t>(kChunk * D / 2) : nullptr;
     const bool gathers = side_row > 0 && p.selection.index && p.selection.tokens == 1;
     gathered = other ? other->gathered : gathers ? a.take<uint8_t>(kChunk * side_row + kTile) : nullptr;
     for (int i = 0; i < p.num_pools; ++i) {
@@ -430,13 +430,24 @@ struct Task {
   }
   static int64_t clamp(int64_t x, int64_t top) { return x < 0 ? 0 : x > top ? top : x; }
 
+  // tanh of v >= 0, where |v| is small by a polynomial: 1 - exp(-2 v) would have lost the digits that a large cap brings back.
+  static F tanh_positive(F v) {
+    const F small = where_positive(F::fill(0.35f) - v, v), large = v - small, x = small * small;
+    F p = F::fill(-8.8632355e-3f);
+    p = fma(p, x, F::fill(2.1869489e-2f));
+    p = fma(p, x, F::fill(-5.3968254e-2f));
+    p = fma(p, x, F::fill(1.3333333e-1f));
+    p = fma(p, x, F::fill(-3.3333334e-1f));
+    const F e = exp_neg(large * F::fill(-2.0f));
+    return fma(p * x, small, small) + (F::fill(1.0f) - e) / (F::fill(1.0f) + e);
+  }
+
   void cap_scores(float* x, int64_t cols) {
     for (int64_t j = 0; j < cols; j += F::W) {
       // bounded, so that v - v below is 0 for an infinite score and NaN for a NaN alone
       const F v = min(F::fill(1e30f), max(F::fill(-1e30f), F::load(x + j) * F::fill(1.0f / p.softcap)));
-      const F e = exp_neg(abs(v) * F::fill(-2.0f));
-      const F tanh_abs = (F::fill(1.0f) - e) / (F::fill(1.0f) + e) * F::fill(p.softcap);
-      (where_positive(v, tanh_abs) - where_positive(F::zero() - v, tanh_abs) + (v - v)).store(x + j);
+      const F capped = tanh_positive(abs(v)) * F::fill(p.softcap);
+      (where_positive(v, capped) - where_positive(F::zero() - v, capped) + (v - v)).store(x + j);
     }
   }
 
@@ -481,7 +492,10 @@ struct Task {
     if (part.bits == 8) return u8_sums(c, part, st);
 #if defined(__AVX2__)
     bool few_bits[kMaxRows];
-    for (int r = 0; r < rows; ++r) few_bits[r] = light(r);
+    for (int r = 0; r < rows; ++r) {
+      few_bits[r] = light(r);
+      for (int64_t j = round_up(c.n, kTile); j < kChunk; j += F::W) F::zero().store(s + r * kChunk + j);
+    }
     code_sums(part, digits, c, s, few_bits, rows, codes, st.acc, st.lanes, ahead, kAheadSums);
 #else
     decode_chunk(c, Side::V);

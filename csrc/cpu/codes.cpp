@@ -4,8 +4,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/planes.h"
-#include "cpu/simd.h"
-#include "kvkernels/core/one_of.h"
+#include "cpu/row_vectors.h"
 
 KK_BEGIN
 
@@ -55,40 +54,33 @@ struct Digits {
     else
       for (int i = 0; i < N; ++i) mass[i] = d[i].to_float().fold_sum();
   }
-  static F join(const int32_t* sums, int64_t ld, const float* offset) {
+  // sums[d * ld]: of digit d.
+  [[gnu::always_inline]] static F join(const I* sums, int ld, const float* offset) {
     if constexpr (N == 2) {
-      return (I::load(sums).template sll<7>() + I::load(sums + ld)).to_float() - F::fill(offset[0]);
+      return (sums[0].template sll<7>() + sums[ld]).to_float() - F::fill(offset[0]);
     } else {
-      F v = I::load(sums).to_float() - F::fill(offset[0]);
-      for (int i = 1; i < N; ++i) v = fma(v, F::fill(128.0f), I::load(sums + i * ld).to_float() - F::fill(offset[i]));
+      F v = sums[0].to_float() - F::fill(offset[0]);
+      for (int i = 1; i < N; ++i) v = fma(v, F::fill(128.0f), sums[i * ld].to_float() - F::fill(offset[i]));
       return v;
     }
   }
 };
 
-// f(planes...) of a part: one, or the low and the high one.
+// f(kind of codes of a part).
 template <typename Fn>
-void with_planes(const CodePart& part, Fn&& f) {
+void with_plane(const CodePart& part, Fn&& f) {
   switch (part.bits) {
     case 0:
       return f(Trits{});
     case 1:
-      return f(Plane<1, 0>{});
+      return f(Plane<1>{});
     case 2:
-      return f(Plane<2, 0>{});
+      return f(Plane<2>{});
     case 3:
-      return f(Plane<2, 0>{}, Plane<1, 2>{});
+      return f(ThreeBits{});
     case 4:
-      return f(Plane<4, 0>{});
+      return f(Plane<4>{});
   }
-}
-// f(plane, its rows) one by one.
-template <typename Fn>
-void each_plane(const CodePart& part, Fn&& f) {
-  with_planes(part, [&](auto plane, auto... high) {
-    f(plane, part.low);
-    (f(high, part.high), ...);
-  });
 }
 
 // ---- queries
@@ -122,11 +114,8 @@ void split_queries(const CodePart& part, const float* q, int64_t ldq, int rows, 
       Digits<DIGITS>::add_up(sum, offset);
       for (int d = 0; d < DIGITS; ++d) {
         offset[d] *= part.mean;
-        int32_t* w = out.words + ((g * rows + r) * DIGITS + d) * kQuads;
-        each_plane(part, [&](auto plane, const CodeRows&) {
-          decltype(plane)::order_q(digit[d], part.group, reinterpret_cast<uint8_t*>(w));
-          w += part.group / 4;
-        });
+        uint8_t* words = reinterpret_cast<uint8_t*>(out.words + ((g * rows + r) * DIGITS + d) * kQuads);
+        with_plane(part, [&](auto plane) { decltype(plane)::order_q(digit[d], part.group, words); });
       }
     }
   }
@@ -157,7 +146,7 @@ template <int W>
 }
 
 template <typename P, int M, int T, int p = 0>
-[[gnu::always_inline]] inline void dot_fields(I (&w)[T], const int32_t* words, I (&acc)[M][T]) {
+[[gnu::always_inline]] inline void dot_fields(typename P::Word (&w)[T], const int32_t* words, I (&acc)[M][T]) {
   I c[T];
 #pragma GCC unroll 2
   for (int t = 0; t < T; ++t) c[t] = P::template field<p>(w[t]);
@@ -176,18 +165,14 @@ template <typename P, int M, int T, int p = 0>
   if constexpr (p + 1 < P::per_byte) dot_fields<P, M, T, p + 1>(w, words, acc);
 }
 
-// acc[m][t] += W words of the tokens from rows[t] on . words[m].
+// acc[m][t] += W words of the tokens of tile t . words[m].
 template <typename P, int W, int M, int T>
-[[gnu::always_inline]] inline void dot_words(const uint8_t* const (&rows)[T], int64_t stride, const int32_t* words,
-                                             I (&acc)[M][T]) {
-  I w[T][4];
-#pragma GCC unroll 2
-  for (int t = 0; t < T; ++t) load_words<W>(rows[t], stride, w[t]);
+[[gnu::always_inline]] inline void dot_words(const typename P::Word (&w)[T][4], const int32_t* words, I (&acc)[M][T]) {
 #if defined(__AVX512VNNI__)
   I(&part)[M][T] = acc;
 #else
   // Pairs of products are summed in 16 bits; 16 bytes of a row are 4 * per_byte quads of at most 2 * 127 * code each:
-  // 8128 (1 bit), 10160 (trits), 12192 (2 bits), 30480 (4 bits), 32512 (the 1-bit plane of 3 bits, whose code is 4).
+  // 8128 (1 bit), 10160 (trits), 12192 (2 bits), 28448 (3 bits), 30480 (4 bits).
   I part[M][T];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -195,7 +180,7 @@ template <typename P, int W, int M, int T>
 #endif
 #pragma GCC unroll 1
   for (int i = 0; i < W; ++i) {
-    I x[T];
+    typename P::Word x[T];
 #pragma GCC unroll 2
     for (int t = 0; t < T; ++t) x[t] = w[t][i];
     dot_fields<P, M, T>(x, words + i * P::per_byte, part);
@@ -208,20 +193,67 @@ template <typename P, int W, int M, int T>
 #endif
 }
 
-// The same for all words of a group in a plane, `bytes` of each row.
+template <typename P, int W, int M, int T>
+[[gnu::always_inline]] inline void dot_rows(const uint8_t* const (&rows)[T], int64_t stride, const int32_t* words,
+                                            I (&acc)[M][T]) {
+  I w[T][4];
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) load_words<W>(rows[t], stride, w[t]);
+  dot_words<P, W>(w, words, acc);
+}
+
+// The same for all words of a group, `bytes` of each row.
 template <typename P, int M, int T>
-[[gnu::always_inline]] inline void dot_plane(const uint8_t* (&rows)[T], int64_t stride, int64_t bytes,
+[[gnu::always_inline]] inline void dot_group(const uint8_t* (&rows)[T], int64_t stride, int64_t bytes,
                                              const int32_t* words, I (&acc)[M][T]) {
   if constexpr (P::shortest < 8)
-    if (bytes == 4) return dot_words<P, 1>(rows, stride, words, acc);
+    if (bytes == 4) return dot_rows<P, 1>(rows, stride, words, acc);
   if constexpr (P::shortest < 16)
-    if (bytes == 8) return dot_words<P, 2>(rows, stride, words, acc);
+    if (bytes == 8) return dot_rows<P, 2>(rows, stride, words, acc);
   for (; bytes > 12; bytes -= 16, words += 4 * P::per_byte) {
-    dot_words<P, 4>(rows, stride, words, acc);
+    dot_rows<P, 4>(rows, stride, words, acc);
     for (const uint8_t*& r : rows) r += 16;
   }
   if constexpr (P::has_rest)
-    if (bytes > 0) dot_words<P, 3>(rows, stride, words, acc);
+    if (bytes > 0) dot_rows<P, 3>(rows, stride, words, acc);
+}
+
+// Codes of 3 bits: W words of the low rows with W / 2 of the high ones, `high` those of the rows.
+template <int W, int M, int T>
+[[gnu::always_inline]] inline void dot_three(const uint8_t* const (&low)[T], int64_t stride, const I (&high)[T][2],
+                                             const int32_t* words, I (&acc)[M][T]) {
+  ThreeBits::Word w[T][4];
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) {
+    I x[4];
+    load_words<W>(low[t], stride, x);
+    w[t][0] = {x[0], ThreeBits::high_bits<0>(high[t][0])};
+    w[t][1] = {x[1], ThreeBits::high_bits<1>(high[t][0])};
+    if constexpr (W == 4) {
+      w[t][2] = {x[2], ThreeBits::high_bits<0>(high[t][1])};
+      w[t][3] = {x[3], ThreeBits::high_bits<1>(high[t][1])};
+    }
+  }
+  dot_words<ThreeBits, W>(w, words, acc);
+}
+// A group: so many words of the high rows.
+template <int HIGH, int M, int T>
+[[gnu::always_inline]] inline void dot_three_rows(const uint8_t* (&low)[T], int64_t stride,
+                                                  const uint8_t* const (&high)[T], int64_t high_stride,
+                                                  const int32_t* words, I (&acc)[M][T]) {
+  I h[T][4], two[T][2];
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) {
+    load_words<HIGH>(high[t], high_stride, h[t]);
+    two[t][0] = h[t][0];
+    if constexpr (HIGH > 1) two[t][1] = h[t][1];
+  }
+  dot_three<HIGH == 1 ? 2 : 4>(low, stride, two, words, acc);
+  if constexpr (HIGH == 4) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) low[t] += 16, two[t][0] = h[t][2], two[t][1] = h[t][3];
+    dot_three<4>(low, stride, two, words + 4 * ThreeBits::per_byte, acc);
+  }
 }
 
 struct Tile {  // of tokens, I::W of them
@@ -229,31 +261,50 @@ struct Tile {  // of tokens, I::W of them
   int64_t token;
 };
 
-// sums[m][t] = codes of the tokens of tile t . words[m], in one group. The codes go from memory to the dot product without
-// being stored: M * T sums and the words of 16 bytes a row stay in registers.
-template <int M, int T, typename... Planes>
-[[gnu::noinline]] void dot_codes(const CodePart& part, int64_t g, const Tile* tile, const int32_t* words,
-                                 int32_t (&sums)[M][T * I::W]) {
+// Where the scores of a few rows in a group come from and go.
+struct ScoreRows {
+  const int32_t* words;  // [rows][digits][kQuads]
+  const float *step, *offset;
+  int64_t ld_offset;
+  const float* scale;
+  float* s;  // [rows][kChunk]
+};
+
+// s += scores of R rows and T tiles of tokens, in one group. The codes go from memory to the dot product without being stored:
+// R * DIGITS * T sums and the words of 16 bytes a row stay in registers.
+template <int R, int DIGITS, int T, typename P>
+[[gnu::noinline]] void add_scores(const CodePart& part, int64_t g, const Tile* tile, const ScoreRows& q) {
+  constexpr int M = R * DIGITS;
   I acc[M][T];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int t = 0; t < T; ++t) acc[m][t] = I::zero();
-  const CodeRows* codes = &part.low;
-  const auto add = [&](auto plane) __attribute__((always_inline)) {
-    const int64_t bytes = decltype(plane)::bytes(part.group);
-    const uint8_t* rows[T];
+  const int64_t bytes = P::bytes(part.group);
+  const uint8_t* rows[T];
 #pragma GCC unroll 2
-    for (int t = 0; t < T; ++t) rows[t] = tile[t].side + codes->at + tile[t].token * codes->bytes + g * bytes;
-    dot_plane<decltype(plane)>(rows, codes->bytes, bytes, words, acc);
-    words += part.group / 4;
-    codes = &part.high;
-  };
-  (add(Planes{}), ...);
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+  for (int t = 0; t < T; ++t) rows[t] = tile[t].side + part.low.at + tile[t].token * part.low.bytes + g * bytes;
+  if constexpr (P::two_rows) {
+    const uint8_t* high[T];
 #pragma GCC unroll 2
-    for (int t = 0; t < T; ++t) acc[m][t].store(sums[m] + t * I::W);
+    for (int t = 0; t < T; ++t) high[t] = tile[t].side + part.high.at + tile[t].token * part.high.bytes + g * bytes / 2;
+    const int64_t low_stride = part.low.bytes, high_stride = part.high.bytes;
+    if (bytes == 8) dot_three_rows<1>(rows, low_stride, high, high_stride, q.words, acc);
+    if (bytes == 16) dot_three_rows<2>(rows, low_stride, high, high_stride, q.words, acc);
+    if (bytes == 32) dot_three_rows<4>(rows, low_stride, high, high_stride, q.words, acc);
+  } else {
+    dot_group<P>(rows, part.low.bytes, bytes, q.words, acc);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const F step = F::fill(q.step[r]);
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      float* o = q.s + r * kChunk + t * I::W;
+      const F x = Digits<DIGITS>::join(&acc[r * DIGITS][t], T, q.offset + r * q.ld_offset) * step;
+      fma(x, F::load(q.scale + t * I::W), F::load(o)).store(o);
+    }
+  }
 }
 
 template <int DIGITS>
@@ -273,171 +324,204 @@ void scores_of(const CodePart& part, const CodeQueries& q, const Chunk& c, int r
   constexpr int kRows = DIGITS == 2 ? 4 : 2;  // at most 8 digit rows: they share every code
   const int blocks = rows / kRows + rows % kRows;
   const int lines = ahead.share(sixteenths, groups * blocks * ((tiles + T - 1) / T));
-  for (int64_t g = 0; g < groups; ++g) {
-    const auto block = [&](auto n, int r) {
-      constexpr int R = n.value, M = R * DIGITS;
-      for (int v = 0; v < tiles; v += T) {
-        alignas(64) int32_t sums[M][T * I::W];
-        ahead.take(lines);
-        const int32_t* words = q.words + (g * rows + r) * DIGITS * kQuads;
-        with_planes(part,
-                    [&](auto... planes) { dot_codes<M, T, decltype(planes)...>(part, g, tile + v, words, sums); });
-        for (int i = 0; i < R; ++i) {
-          const F step = F::fill(q.step[r + i]);
-          for (int t = 0; t < T && v + t < tiles; ++t) {
-            float* o = s + (r + i) * kChunk + (v + t) * I::W;
-            const F x =
-                Digits<DIGITS>::join(&sums[i * DIGITS][t * I::W], T * I::W, q.offset + ((r + i) * groups + g) * DIGITS);
-            const F sum = base && g == 0 ? F::fill(base[r + i]) : F::load(o);
-            fma(x * step, F::load(scale + g * kChunk + (v + t) * I::W), sum).store(o);
-          }
+  for (int r = 0; base && r < rows; ++r)
+    for (int64_t j = 0; j < tiles * I::W; j += F::W) F::fill(base[r]).store(s + r * kChunk + j);
+  with_plane(part, [&](auto plane) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto block = [&](auto n, int r) {
+        for (int v = 0; v < tiles; v += T) {
+          ahead.take(lines);
+          const int64_t at = v * I::W;
+          add_scores<n.value, DIGITS, T, decltype(plane)>(
+              part, g, tile + v,
+              {q.words + (g * rows + r) * DIGITS * kQuads, q.step + r, q.offset + (r * groups + g) * DIGITS,
+               groups * DIGITS, scale + g * kChunk + at, s + r * kChunk + at});
         }
-      }
-    };
-    int r = 0;
-    for (; r + kRows <= rows; r += kRows) block(Int<kRows>{}, r);
-    for (; r < rows; ++r) block(Int<1>{}, r);
-  }
+      };
+      int r = 0;
+      for (; r + kRows <= rows; r += kRows) block(Int<kRows>{}, r);
+      for (; r < rows; ++r) block(Int<1>{}, r);
+    }
+  });
 }
 
 // ---- sums
 
-// out[m][lane] = sum over k of the 4-way dot of codes[k][lane] and words[m][k]. The instructions take one unsigned and one
-// signed factor; codes fit either, so words may be signed digits or (UNSIGNED) bytes up to 255.
-// Without VNNI, products are summed in 16 bits first: pairs of at most 2 * max_code * 255, widened before they can overflow.
-template <int M, int NV, bool UNSIGNED>
-inline void dot4_block(const uint8_t* codes, int64_t ldc, int64_t nk, [[maybe_unused]] int max_code,
-                       const int32_t* words, int64_t ldw, int32_t* out, int64_t ldo) {
-  I acc[M][NV];
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < NV; ++j) acc[m][j] = I::zero();
-#if defined(__AVX512VNNI__)
-  for (int64_t k = 0; k < nk; ++k, codes += ldc) {
-    I c[NV];
-    for (int j = 0; j < NV; ++j) c[j] = I::load(codes + j * I::W * 4);
-    for (int m = 0; m < M; ++m) {
-      const I w = I::fill(words[m * ldw + k]);
-      for (int j = 0; j < NV; ++j) acc[m][j] = UNSIGNED ? I::dot(acc[m][j], w, c[j]) : I::dot(acc[m][j], c[j], w);
-    }
-  }
-#else
-  const int64_t safe = 32767 / (2 * max_code * (UNSIGNED ? 255 : 127));
-  for (int64_t k0 = 0; k0 < nk; k0 += safe) {
-    I part[M][NV];
-    for (int m = 0; m < M; ++m)
-      for (int j = 0; j < NV; ++j) part[m][j] = I::zero();
-    const int64_t k1 = k0 + safe < nk ? k0 + safe : nk;
-    for (int64_t k = k0; k < k1; ++k, codes += ldc) {
-      I c[NV];
-      for (int j = 0; j < NV; ++j) c[j] = I::load(codes + j * I::W * 4);
-      for (int m = 0; m < M; ++m) {
-        const I w = I::fill(words[m * ldw + k]);
-        for (int j = 0; j < NV; ++j)
-          part[m][j] = UNSIGNED ? I::dot16(part[m][j], w, c[j]) : I::dot16(part[m][j], c[j], w);
-      }
-    }
-    for (int m = 0; m < M; ++m)
-      for (int j = 0; j < NV; ++j) acc[m][j] = I::widen(acc[m][j], part[m][j]);
-  }
-#endif
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < NV; ++j) acc[m][j].store(out + m * ldo + j * I::W);
+constexpr int64_t kVector = I::W * 4, kWords = kChunk / 4;
+
+template <typename Fn>
+void with_v_rows(const CodePart& part, Fn&& f) {
+  with_plane(part, [&](auto plane) {
+    using P = decltype(plane);
+    if constexpr (I::W == 16 && P::shortest == 4)
+      if (P::bytes(part.group) == 8) return f(VHalfRows<P>{});
+    f(VRows<P>{});
+  });
 }
 
-// lanes: a multiple of 16.
-template <int M, bool UNSIGNED>
-inline void dot4(const uint8_t* codes, int64_t ldc, int64_t lanes, int64_t nk, int max_code, const int32_t* words,
-                 int64_t ldw, int32_t* out, int64_t ldo) {
-  // M * NV sums of the inner loop fill half of the 32 (AVX-512) or 16 (AVX2) registers; the rest holds codes and words.
-  constexpr int NV = I::W / 4;
-  int64_t l = 0;
-  for (; l + NV * I::W <= lanes; l += NV * I::W)
-    dot4_block<M, NV, UNSIGNED>(codes + l * 4, ldc, nk, max_code, words, ldw, out + l, ldo);
-  for (; l < lanes; l += I::W) dot4_block<M, 1, UNSIGNED>(codes + l * 4, ldc, nk, max_code, words, ldw, out + l, ldo);
+// The rows of the chunk's tokens, interleaved: out [groups][vectors][kWords] vectors.
+template <typename Rows, int64_t n, bool nibbles>
+void interleave_rows(const CodePart& part, const CodeRows& rows, const Chunk& c, uint8_t* out, Ahead& ahead,
+                     int lines) {
+  constexpr int64_t bytes = Rows::Fields::bytes(n), halves = kVector / 32;
+  const int64_t groups = part.groups, stride = rows.bytes, group_bytes = nibbles ? bytes / 2 : bytes;
+  for (int i = 0; i < c.pieces; ++i) {
+    const Piece& pc = c.piece[i];
+    const uint8_t* row = pc.v + rows.at + pc.token * stride;
+    uint8_t* to = out + pc.col / 4 * kVector;
+    for (const uint8_t* end = row + pc.n * stride; row < end; row += kTile * stride, to += kTile / 4 * kVector) {
+      ahead.take(lines);
+      for (int64_t g = 0; g < groups; ++g)
+        for (int k = 0; k < kTile / 4; ++k)
+          Rows::template interleave<bytes, nibbles>(
+              row + 4 * k * stride + g * group_bytes, stride, [&](int64_t h) __attribute__((always_inline)) {
+                return to + ((g * Rows::vectors(n) + h / halves) * kWords + k) * kVector + h % halves * 32;
+              });
+    }
+  }
+}
+
+inline I load_word(const uint8_t* x, int64_t, I) { return I::load(x); }
+inline ThreeBits::Word load_word(const uint8_t* x, int64_t high, ThreeBits::Word) {
+  return {I::load(x), I::load(x + high)};
+}
+
+// sum[u][p][m] += field first + p of vector u, of one word, . w[m]. The instructions take one unsigned and one signed factor;
+// codes fit either, so words may be signed digits or (UNSIGNED) bytes up to 255.
+template <typename P, int first, bool UNSIGNED, int p = 0, int FIELDS, int M>
+[[gnu::always_inline]] inline void dot_fields(typename P::Word& x, const I (&w)[M], I (&sum)[FIELDS][M]) {
+  const I c = P::template field<first + p>(x);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    const I u8 = UNSIGNED ? w[m] : c, s8 = UNSIGNED ? c : w[m];
+#if defined(__AVX512VNNI__)
+    sum[p][m] = I::dot(sum[p][m], u8, s8);
+#else
+    sum[p][m] = I::dot16(sum[p][m], u8, s8);
+#endif
+  }
+  if constexpr (p + 1 < FIELDS) dot_fields<P, first, UNSIGNED, p + 1>(x, w, sum);
+}
+
+// The same for words [0, n) of U vectors, kWords vectors apart.
+template <typename P, int first, bool UNSIGNED, int U, int FIELDS, int M>
+[[gnu::always_inline]] inline void dot_vectors(const uint8_t* x, int64_t high, int64_t n, const int32_t* words,
+                                               I (&sum)[U][FIELDS][M]) {
+  for (int64_t k = 0; k < n; ++k) {
+    I w[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) w[m] = I::fill(words[m * kWords + k]);
+#pragma GCC unroll 2
+    for (int u = 0; u < U; ++u) {
+      typename P::Word v =
+          P::template from_field<first>(load_word(x + (u * kWords + k) * kVector, high, typename P::Word{}));
+      dot_fields<P, first, UNSIGNED>(v, w, sum[u]);
+    }
+  }
+}
+
+// Sums of the fields first, first + 1, ... of U vectors, for R rows of N digits: joined, less their offset, times step, onto
+// acc.
+template <typename P, int R, int N, int U, int first = 0>
+void add_fields(const uint8_t* x, int64_t high, int64_t n, const int32_t* words, const float (&offset)[R][N],
+                const float* step, float* acc, int64_t lda) {
+  // Half of the 32 (AVX-512) or 16 (AVX2) registers hold sums, or a few more of trits; the rest codes and words.
+  constexpr int M = R * N, room = I::W / M, left = P::per_byte - first;
+  constexpr int FIELDS = U > 1 ? left : left <= room || (I::W == 16 && left == 5) ? left : room > 0 ? room : 1;
+  I sum[U][FIELDS][M];
+  each<U * FIELDS * M>([&](auto i) { sum[i / M / FIELDS][i / M % FIELDS][i % M] = I::zero(); });
+#if defined(__AVX512VNNI__)
+  dot_vectors<P, first, N == 1>(x, high, n, words, sum);
+#else
+  // Pairs of products are summed in 16 bits first and widened before they can overflow.
+  constexpr int64_t safe = 32767 / (2 * P::max_code * (N == 1 ? 255 : 127));
+  for (int64_t k = 0; k < n; k += safe) {
+    I part[U][FIELDS][M];
+    each<U * FIELDS * M>([&](auto i) { part[i / M / FIELDS][i / M % FIELDS][i % M] = I::zero(); });
+    dot_vectors<P, first, N == 1>(x + k * kVector, high, n - k < safe ? n - k : safe, words + k, part);
+    each<U * FIELDS * M>([&](auto i) {
+      I& s = sum[i / M / FIELDS][i / M % FIELDS][i % M];
+      s = I::widen(s, part[i / M / FIELDS][i / M % FIELDS][i % M]);
+    });
+  }
+#endif
+  each<R>([&](auto r) {
+    const F s = F::fill(step[r]);
+    each<U * FIELDS>([&](auto i) {
+      float* o = acc + r * lda + (i / FIELDS * P::per_byte + first + i % FIELDS) * I::W;
+      fma(Digits<N>::join(&sum[i / FIELDS][i % FIELDS][r * N], 1, offset[r]), s, F::load(o)).store(o);
+    });
+  });
+  if constexpr (first + FIELDS < P::per_byte)
+    add_fields<P, R, N, U, first + FIELDS>(x, high, n, words, offset, step, acc, lda);
 }
 
 // N digits of w = p * scale, four tokens to a word, and what they add up to; returns the value of the last digit.
 template <int N>
-float weigh(const float* prob, const float* scale, int64_t cols, uint8_t* words, float* mass) {
-  F w[kChunk / F::W], top = F::zero(), total = F::zero();
-  for (int64_t j = 0; j < cols; j += F::W) {
-    const F x = F::load(prob + j);
-    w[j / F::W] = where_positive(x, x * F::load(scale + j));  // rows nobody sees may hold NaN
-    top = max(top, w[j / F::W]);
-    total = total + w[j / F::W];
-  }
+[[gnu::noinline]] float weigh(const float* prob, const float* scale, uint8_t* words, float* mass) {
+  constexpr int V = kChunk / F::W;
+  F w[V], top = F::zero(), total = F::zero();
+  each<V>([&](auto j) {
+    const F x = F::load(prob + j * F::W);
+    w[j] = where_positive(x, x * F::load(scale + j * F::W));  // rows nobody sees may hold NaN
+    top = max(top, w[j]);
+    total = total + w[j];
+  });
   const float biggest = top.fold_max();
   const F inv = F::fill(biggest > 0.0f ? Digits<N>::top / biggest : 0.0f);
   I sums[N];
   for (int d = 0; d < N; ++d) sums[d] = I::zero();
-  for (int64_t j = 0; j < cols; j += F::W) {
+  each<V>([&](auto j) {
     I dig[N];
-    Digits<N>::split(w[j / F::W] * inv, dig);
+    Digits<N>::split(w[j] * inv, dig);
     for (int d = 0; d < N; ++d) {
       sums[d] = sums[d] + dig[d];
-      dig[d].store_bytes(words + d * kChunk + j);
+      dig[d].store_bytes(words + d * kChunk + j * F::W);
     }
-  }
+  });
   Digits<N>::add_up(sums, mass);
   return all_finite(total) ? biggest / Digits<N>::top : NAN;  // a NaN scale must not get lost among the digits
-}
-
-// Codes of the chunk's tokens in one plane -> out [token / 4][ld lanes][4].
-template <typename P, int64_t n>
-void unpack_rows(const CodePart& part, const CodeRows& codes, const Chunk& c, int64_t ld, uint8_t* out, Ahead& ahead,
-                 int lines) {
-  const int64_t groups = part.groups, stride = codes.bytes;  // bytes written below might be anybody's
-  for (int i = 0; i < c.pieces; ++i) {
-    const Piece& pc = c.piece[i];
-    const uint8_t* row = pc.v + codes.at + pc.token * stride;
-    uint8_t* to = out + pc.col * ld;
-    for (int64_t t = round_up(pc.n, kTile); t > 0; t -= 4, row += 4 * stride, to += 4 * ld) {
-      ahead.take(lines);
-      for (int64_t g = 0; g < groups; ++g) P::template unpack_v<n>(row + g * P::bytes(n), stride, to + g * n * 4);
-    }
-  }
 }
 
 template <int DIGITS>
 void sums_of(const CodePart& part, const Chunk& c, const float* p, const bool* light, int rows, uint8_t* codes,
              float* acc, int64_t lda, Ahead& ahead, int sixteenths) {
-  const int64_t groups = part.groups, lanes = part.planes() * part.channels, quads = kChunk / 4;
+  const int64_t groups = part.groups;
   alignas(64) float scale[2 * kChunk];
   load_scales(part, Side::V, c, scale);
   const int64_t cols = round_up(c.n, kTile);
-  const int lines = ahead.share(sixteenths, part.planes() * cols / 4);
-  uint8_t* out = codes;
-  each_plane(part, [&](auto plane, const CodeRows& rows_of) {
-    using P = decltype(plane);
-    if (part.group == 64)
-      unpack_rows<P, 64>(part, rows_of, c, lanes, out, ahead, lines);
-    else
-      unpack_rows<P, 128>(part, rows_of, c, lanes, out, ahead, lines);
-    out += part.channels * 4;
+  const int lines = ahead.share(sixteenths, (part.high.bytes ? 2 : 1) * cols / kTile);
+  int64_t high = 0;  // from the low rows to the high ones
+  with_v_rows(part, [&](auto kind) {
+    using Rows = decltype(kind);
+    const auto interleave = [&](auto n) {
+      interleave_rows<Rows, n.value, false>(part, part.low, c, codes, ahead, lines);
+      if constexpr (Rows::Fields::two_rows) {
+        high = groups * Rows::vectors(n) * kWords * kVector;
+        interleave_rows<Rows, n.value, true>(part, part.high, c, codes + high, ahead, lines);
+      }
+    };
+    part.group == 64 ? interleave(Int<64>{}) : interleave(Int<128>{});
   });
   for (int64_t g = 0; g < groups; ++g) {
     const auto block = [&](auto n_rows, auto n_digits, int r) {
       constexpr int R = n_rows.value, N = n_digits.value;
       alignas(64) uint8_t words[R * N][kChunk];
-      alignas(64) int32_t ints[R * N][kScaleGroup];
       float step[R], mass[R][N];
-      for (int i = 0; i < R; ++i)
-        step[i] = weigh<N>(p + (r + i) * kChunk, scale + g * kChunk, cols, words[i * N], mass[i]);
-      int64_t lane = g * part.group;
-      each_plane(part, [&](auto plane, const CodeRows&) {
-        using P = decltype(plane);
-        dot4<R * N, N == 1>(codes + lane * 4, lanes * 4, part.group, cols / 4, P::max_code,
-                            reinterpret_cast<const int32_t*>(words[0]), quads, ints[0], kScaleGroup);
-        // Sums of what differs from the plane's mean code stay small, so fp32 holds them well.
-        for (int i = 0; i < R; ++i) {
-          float offset[N];
-          for (int d = 0; d < N; ++d) offset[d] = P::mean * mass[i][d];
-          for (int64_t j = 0; j < part.group; j += F::W) {
-            float* o = acc + (r + i) * lda + lane + j;
-            fma(Digits<N>::join(ints[i * N] + j, kScaleGroup, offset), F::fill(step[i]), F::load(o)).store(o);
-          }
-        }
-        lane += part.channels;
+      for (int i = 0; i < R; ++i) step[i] = weigh<N>(p + (r + i) * kChunk, scale + g * kChunk, words[i * N], mass[i]);
+      with_v_rows(part, [&](auto kind) {
+        using Rows = decltype(kind);
+        using P = typename Rows::Fields;
+        // Sums of what differs from the mean code stay small, so fp32 holds them well.
+        float offset[R][N];
+        for (int i = 0; i < R; ++i)
+          for (int d = 0; d < N; ++d) offset[i][d] = P::mean * mass[i][d];
+        constexpr int U = P::per_byte == 2 && I::W == 16 ? 2 : 1;  // vectors at once: for enough sums to be busy with
+        const int64_t vectors = Rows::vectors(part.group);
+        for (int64_t v = g * vectors; v < (g + 1) * vectors; v += U)
+          add_fields<P, R, N, U>(codes + v * kWords * kVector, high, cols / 4,
+                                 reinterpret_cast<const int32_t*>(words[0]), offset, step,
+                                 acc + r * lda + v * P::per_byte * I::W, lda);
       });
     };
     constexpr int kStep = DIGITS == 2 ? 2 : 1;  // 4 digit rows share every load of codes
@@ -457,11 +541,12 @@ void sums_of(const CodePart& part, const Chunk& c, const float* p, const bool* l
   }
 }
 
-template <typename P, int64_t n>
+template <typename Rows, int64_t n>
 struct LaneOf {  // the lane that holds a channel
   uint8_t lane[n];
   constexpr LaneOf() : lane() {
-    for (int64_t i = 0; i < n; ++i) lane[P::template v_channel<n>(i)] = static_cast<uint8_t>(i);
+    for (int64_t i = 0; i < Rows::lanes(n); ++i)
+      if (Rows::channel(n, i) < n) lane[Rows::channel(n, i)] = static_cast<uint8_t>(i);
   }
 };
 
@@ -484,13 +569,13 @@ void code_sums(const CodePart& part, int digits, const Chunk& c, const float* p,
 }
 
 void add_lanes(const CodePart& part, const float* acc, float* out) {
-  each_plane(part, [&](auto plane, const CodeRows&) {
-    static constexpr LaneOf<decltype(plane), 64> half;
-    static constexpr LaneOf<decltype(plane), 128> whole;
+  with_v_rows(part, [&](auto kind) {
+    using Rows = decltype(kind);
+    static constexpr LaneOf<Rows, 64> half;
+    static constexpr LaneOf<Rows, 128> whole;
     const uint8_t* lane = part.group == 64 ? half.lane : whole.lane;
-    for (int64_t g = 0; g < part.channels; g += part.group)
-      for (int64_t i = 0; i < part.group; ++i) out[g + i] += acc[g + lane[i]];
-    acc += part.channels;
+    for (int64_t g = 0; g < part.channels; g += part.group, acc += Rows::lanes(part.group))
+      for (int64_t i = 0; i < part.group; ++i) out[g + i] += acc[lane[i]];
   });
 }
 

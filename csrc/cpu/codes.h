@@ -1,5 +1,5 @@
 // Packed, rotated sides of pages, read as the codes that they are. A side is parts of the channels, a part is groups of
-// channels with one scale per token, a group is one plane or two of codes. Sizes are run-time values: one kernel reads all.
+// channels with one scale per token, whose codes are a row, those of 3 bits two. Sizes are run-time values: one kernel reads all.
 #pragma once
 #include "cpu/ahead.h"
 #include "cpu/chunk.h"
@@ -20,9 +20,8 @@ struct CodePart {
   int bits;                         // of a code; 0: trits
   float mean;                       // of the codes: value = scale * (code - mean)
   int64_t channels, group, groups;  // groups of `group` channels
-  CodeRows low, high, scales;       // high.bytes 0: one plane
+  CodeRows low, high, scales;       // high: the third bit, else bytes 0
 
-  int planes() const { return high.bytes ? 2 : 1; }
   bool wide_scales() const { return scales.bytes == 2 * groups; }  // fp16
 };
 struct PackedSide {
@@ -74,13 +73,11 @@ inline PackedSide packed_side(Format format, int64_t page_size, int64_t D) {
 // fp32 scales of the chunk's tokens, [groups][kChunk]. Tiles are read whole: the page goes on to the next multiple of 16.
 void load_scales(const CodePart& part, Side side, const Chunk& c, float* scale);
 
-constexpr int64_t kCodesPad = 64;  // bytes behind the codes of a chunk that code_sums may write
-
 #if defined(__AVX2__)
 
-// Words of four digits that the channels of a group take: 64 where there are two planes of 128. A constant, so that the inner
-// loop has one address for all rows.
-constexpr int kQuads = 64;
+// Words of four digits that the channels of a group take: 35 for 128 trits. A constant, so that the inner loop has one address
+// for all rows.
+constexpr int kQuads = 36;
 
 // Queries against the keys of a part: integers of 2 or 3 digits, in the order of the codes, times `step`.
 struct CodeQueries {
@@ -95,12 +92,12 @@ void make_queries(const CodePart& part, int digits, const float* q, int64_t ldq,
 void code_scores(const CodePart& part, int digits, const CodeQueries& q, const Chunk& c, int rows, const float* base,
                  float* s, Ahead& ahead, int sixteenths);
 
-// acc[row][lane] += sum over tokens of p * scale * (code - mean). Where light[row], 8 bits are enough for p, else 15 (2
-// digits) or 22 (3). codes: kChunk * planes * channels bytes and kCodesPad more.
+// acc[row][lane] += sum over tokens of p * scale * (code - mean). p [rows][kChunk], 0 behind the chunk. Where light[row], 8 bits
+// are enough for p, else 15 (2 digits) or 22 (3). codes: kChunk * channels / 2 bytes of scratch. At most 2 * channels lanes.
 void code_sums(const CodePart& part, int digits, const Chunk& c, const float* p, const bool* light, int rows,
                uint8_t* codes, float* acc, int64_t lda, Ahead& ahead, int sixteenths);
 
-// Lanes of a row of acc, in the order of channels, added to out [channels].
+// Lanes of a row of acc added to the channels that they hold, out [channels].
 void add_lanes(const CodePart& part, const float* acc, float* out);
 
 #endif
