@@ -148,6 +148,19 @@ def test_bits_depend_on_the_sequence_alone(case: Case, mode: str, threads: Calla
     equal(states[2:], state)
     equal(states[0], x["initial_state"][1])
     assert (got[0, -3:] == 0).all()
+    threads(2 if CPU else 1)
+    equal(kk.delta_rule(**packed), (got, states))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_long_sequences_on_threads(gate: str | None, threads: Callable[[int], None]) -> None:
+    """More chunks than are formed at a time, fewer key heads than threads, and a short sequence beside them."""
+    x = inputs(gate=gate, B=1, lens=(300, 20, 500), HV=3, V=96, initial_state=True, chunk_size=16, checkpoint_every=32)
+    threads(1)
+    one = kk.delta_rule(**x)
+    for n in (2, 3) if CPU else (1,):
+        threads(n)
+        equal(kk.delta_rule(**x), one)
 
 
 # ---- errors

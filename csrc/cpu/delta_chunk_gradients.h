@@ -87,13 +87,13 @@ class DeltaChunkGradients {
                 float* next) {
     const int64_t group = in_.HV / in_.H;
     const DeltaAhead ahead(no_q_, s, at + z_.C, head, from, to, head % group, group);
-    ahead.take(0);
+    ahead.take(0, 4);
     state_head_.form(no_q_, state_keys_, s, at, head);
-    ahead.take(1);
+    ahead.take(1, 4);
     solve(s, at, head, from, to, S, N);
-    ahead.take(2);
+    ahead.take(2, 4);
     if (next) advance(from, to, S, N, next);
-    ahead.take(3);
+    ahead.take(3, 4);
   }
 
   // ---- backwards
