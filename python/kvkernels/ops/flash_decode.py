@@ -128,7 +128,8 @@ def flash_decode(
     lse -inf, unless it has a sink or an extra token. ValueError: dtypes, shapes or devices that do not fit; seq_lens,
     block numbers, bits of tree_mask or a plan that are wrong (seen on CPU, checked there on every call); inputs that
     require grad (there is no backward). Values in unread blocks and in tokens past seq_lens do not matter, NaN
-    included.
+    included. NaN in q, in K of a token that is seen or in a sink makes the row NaN, NaN in V the channel (with Tq > 1
+    also of queries that do not see the token). A sink of +inf gives out 0, lse +inf.
 
     Source: Dao 2023, Flash-Decoding (split over tokens); Sanovar et al. 2024, arXiv:2405.10480 (LeanAttention: equal
     shares of all tokens); Kwon et al. 2023, arXiv:2309.06180 (pages); DeepSeek-AI 2024, arXiv:2405.04434 (MLA);
