@@ -257,7 +257,8 @@ void attend(Check& c, AttentionParams& p, const Queries& q, const PageNames& nam
   }
   if (p.split_tokens < 0 || p.split_tokens % 16)
     c.refuse("split_tokens must be a positive multiple of 16 (or None), got ", p.split_tokens);
-  if (!(p.softcap >= 0.0f)) c.refuse("softcap must be positive, or 0 for none; got ", o.softcap);
+  if (!(p.softcap >= 0.0f && std::isfinite(p.softcap)))
+    c.refuse("softcap must be positive and finite, or 0 for none; got ", o.softcap);
   if (std::isnan(o.scale)) c.refuse("scale is NaN");
   if (p.B == 0 || p.Hq == 0) return;
 
