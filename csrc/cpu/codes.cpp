@@ -326,23 +326,23 @@ void scores_of(const CodePart& part, const CodeQueries& q, const Chunk& c, int r
   const int lines = ahead.share(sixteenths, groups * blocks * ((tiles + T - 1) / T));
   for (int r = 0; base && r < rows; ++r)
     for (int64_t j = 0; j < tiles * I::W; j += F::W) F::fill(base[r]).store(s + r * kChunk + j);
+  decltype(&add_scores<1, DIGITS, T, Trits>) add_rows = nullptr, add_row = nullptr;
   with_plane(part, [&](auto plane) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const auto block = [&](auto n, int r) {
-        for (int v = 0; v < tiles; v += T) {
-          ahead.take(lines);
-          const int64_t at = v * I::W;
-          add_scores<n.value, DIGITS, T, decltype(plane)>(
-              part, g, tile + v,
-              {q.words + (g * rows + r) * DIGITS * kQuads, q.step + r, q.offset + (r * groups + g) * DIGITS,
-               groups * DIGITS, scale + g * kChunk + at, s + r * kChunk + at});
-        }
-      };
-      int r = 0;
-      for (; r + kRows <= rows; r += kRows) block(Int<kRows>{}, r);
-      for (; r < rows; ++r) block(Int<1>{}, r);
-    }
+    add_rows = add_scores<kRows, DIGITS, T, decltype(plane)>;
+    add_row = add_scores<1, DIGITS, T, decltype(plane)>;
   });
+  for (int64_t g = 0; g < groups; ++g)
+    for (int r = 0, n; r < rows; r += n) {
+      n = r + kRows <= rows ? kRows : 1;
+      for (int v = 0; v < tiles; v += T) {
+        ahead.take(lines);
+        const int64_t at = v * I::W;
+        (n == 1 ? add_row : add_rows)(
+            part, g, tile + v,
+            {q.words + (g * rows + r) * DIGITS * kQuads, q.step + r, q.offset + (r * groups + g) * DIGITS,
+             groups * DIGITS, scale + g * kChunk + at, s + r * kChunk + at});
+      }
+    }
 }
 
 // ---- sums
@@ -527,10 +527,14 @@ void sums_of(const CodePart& part, const Chunk& c, const float* p, const bool* l
     constexpr int kStep = DIGITS == 2 ? 2 : 1;  // 4 digit rows share every load of codes
     int r = 0;
     while (r < rows) {
-      if (rows - r >= 4 && light[r] && light[r + 1] && light[r + 2] && light[r + 3]) {
-        block(Int<4>{}, Int<1>{}, r);
-        r += 4;
-      } else if (rows - r >= kStep) {
+      if constexpr (DIGITS == 2) {  // of fp32 queries no weight is light
+        if (rows - r >= 4 && light[r] && light[r + 1] && light[r + 2] && light[r + 3]) {
+          block(Int<4>{}, Int<1>{}, r);
+          r += 4;
+          continue;
+        }
+      }
+      if (rows - r >= kStep) {
         block(Int<kStep>{}, Int<DIGITS>{}, r);
         r += kStep;
       } else {
