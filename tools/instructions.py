@@ -51,7 +51,7 @@ def disassemble(arch: str) -> str:
         cubin = f"{folder}/attention.cubin"
         target = f"arch=compute_{arch},code=sm_{arch}"
         include = ("-I", str(ROOT / "include"), "-I", str(ROOT / "csrc"), "-DKK_ISA=device")
-        source = str(ROOT / "csrc" / "cuda" / "attention.cu")
+        source = str(ROOT / "csrc" / "cuda" / "attention_packed.cu")
         subprocess.run(
             [compiler, "-std=c++17", "-O3", *include, "-gencode", target, "-cubin", "-o", cubin, source], check=True
         )

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "cuda/attention_kernel.cuh"
 
@@ -255,6 +256,34 @@ void launch_attention(const ParamsOf<Sparse>& p, const CudaExec& exec) {
          dim3(static_cast<unsigned>(p.B), static_cast<unsigned>(std::min(groups, most))), dim3(32 * kMaxWarps), 0,
          exec.stream, p);
 }
+
+template <int D, int NT, bool Packed, bool Shared>
+void launch_dense(const AttentionParams& p, const CudaExec& exec) {
+  launch_attention<D, NT, Packed, Shared, false>(make_params<D, NT, Packed, Shared, false>(p, exec), exec);
+}
+
+// Calls f(D, NT, Shared) for calls that read all pages. Kernels without Shared have no plan and one row tile per group.
+template <typename F>
+void with_dense_tile(const AttentionParams& p, F&& f) {
+  const int64_t rows = most_rows(p);
+  const bool several = p.plan.nodes || rows > 16, packed = any_packed(p);
+  one_of<64, 80, 96, 112, 128, 192, 256, 576>("attention: head_dim", p.D, [&](auto d) {
+    constexpr int D = decltype(d)::value;
+    if constexpr (D == 576) {
+      f(d, Int<1>{}, std::true_type{});
+    } else {
+      if (rows <= 8 && !several) return f(d, Int<1>{}, std::false_type{});
+      // Packed formats at 256: two tiles take more registers than there are.
+      if constexpr (D == 256)
+        if (packed) return f(d, Int<1>{}, std::true_type{});
+      if (several) return f(d, Int<2>{}, std::true_type{});
+      f(d, Int<2>{}, std::false_type{});
+    }
+  });
+}
+
+// attention_packed.cu: all pages, some of packed formats.
+void packed_attention(const AttentionParams& p, const CudaExec& exec);
 
 // sparse_attention.cu: with a selection.
 int64_t sparse_attention_workspace(const AttentionParams& p, const CudaExec& exec);

@@ -247,10 +247,9 @@ struct Steps {
 template <typename P>
 __device__ __forceinline__ int64_t steps_before(const P& p, const Node& node, int group) {
   const auto of_group = [&](int g) { return group_tiles(p, node, g) * Steps(p, node, g, span_of(p, node, g)).all; };
-  if (p.layout.uniform) return group * of_group(0);
   int64_t steps = 0;
-  for (int g = 0; g < group; ++g) steps += of_group(g);
-  return steps;
+  for (int g = 0; g < (p.layout.uniform ? min(group, 1) : group); ++g) steps += of_group(g);
+  return p.layout.uniform ? group * steps : steps;
 }
 
 // What threads count steps of: nodes, or with a selection, where every group has a list to be looked at, their groups.

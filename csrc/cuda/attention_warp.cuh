@@ -118,13 +118,9 @@ struct Warp {
       filled = filled + 1 == n_stages ? 0 : filled + 1;
       if (step < 0) continue;
       used = used + 1 == n_stages ? 0 : used + 1;
-      if (!own_rows) {
-        use(stage, seen_by_all_from, seen_by_all_to);
-        continue;
-      }
-      stage -= warp * p.layout.warp_bytes;
+      if (own_rows) stage -= warp * p.layout.warp_bytes;
       bool more = false;
-      for (int i = 0; i < p.layout.warps; ++i, stage += p.layout.warp_bytes) {
+      for (int i = 0; i < (own_rows ? p.layout.warps : 1); ++i, stage += p.layout.warp_bytes) {
         if (reinterpret_cast<const int2*>(stage)->y < 0) continue;
         more = true;
         if (!idle) use(stage, seen_by_all_from, seen_by_all_to);

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kFindThreads) find_selected(const __grid_const
 
 // Calls f(D, NT, Packed, Shared).
 template <typename F>
-void with_tile(const AttentionParams& p, F&& f) {
+void with_sparse_tile(const AttentionParams& p, F&& f) {
   const bool few = most_rows(p) <= 8;
   one_of<64, 80, 96, 112, 128, 192, 256>("attention: head_dim", p.D, [&](auto d) {
     constexpr int D = decltype(d)::value;
@@ -80,7 +80,7 @@ void with_tile(const AttentionParams& p, F&& f) {
 
 int64_t sparse_attention_workspace(const AttentionParams& p, const CudaExec& exec) {
   int64_t bytes = p.B * p.Hkv * int64_t(sizeof(Selected));
-  with_tile(p, [&](auto d, auto nt, auto, auto shared) {
+  with_sparse_tile(p, [&](auto d, auto nt, auto, auto shared) {
     const Layout layout = make_layout<decltype(d)::value, decltype(nt)::value, decltype(shared)::value, true>(p, exec);
     bytes += layout.whole * partial_floats(p.Dv) * int64_t(sizeof(float));
   });
@@ -88,7 +88,7 @@ int64_t sparse_attention_workspace(const AttentionParams& p, const CudaExec& exe
 }
 
 void sparse_attention(const AttentionParams& q, const CudaExec& exec) {
-  with_tile(q, [&](auto d, auto nt, auto packed, auto shared) {
+  with_sparse_tile(q, [&](auto d, auto nt, auto packed, auto shared) {
     constexpr int D = decltype(d)::value, NT = decltype(nt)::value;
     constexpr bool Packed = decltype(packed)::value, Shared = decltype(shared)::value;
     SparseParams p = make_params<D, NT, Packed, Shared, true>(q, exec);
