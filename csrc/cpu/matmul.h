@@ -15,7 +15,6 @@ struct Left {
   const float* at;
   int64_t row, col;
   Left from_row(int64_t i) const { return {at + i * row, row, col}; }
-  Left from_col(int64_t p) const { return {at + p * col, row, col}; }
 };
 
 // What products are added to: 0, the result as it is, or that times a factor per row.
