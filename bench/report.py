@@ -121,7 +121,8 @@ NOTES = {
     "it, chunks of 32 tokens, at the fp32 FMA rate, for all contestants. HF: the plain PyTorch of transformers; "
     "vLLM: its kernel for bf16.",
     "delta_rule_step": "bf16 inputs. Limit, cold: reading the states; writing them back comes on top. Warm, where one "
-    "layer is called again and again: the flops. HF and vLLM: fp32 state.",
+    "layer is called again and again: the flops. Layers: states of 64 layers in turn; limit: copying them. HF and vLLM: "
+    "fp32 state.",
     "tril_inverse": "fp32.",
     "call_overhead": "Warm. One token: the time is the call.",
 }
