@@ -119,7 +119,7 @@ asan: env-test build
 	files=tests && for isa in $$isas; do \
 	  echo "== pytest $$files, sanitized, KVKERNELS_ISA=$$isa" && \
 	  LD_PRELOAD="$$(lib libasan.so) $$(lib libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  KVKERNELS_ISA=$$isa KVKERNELS_LIBRARY=$(CURDIR)/build/asan/libkvkernels.so $(PY) -m pytest -q -n 2 -m 'not once' $$files $(ARGS) || exit 1; \
 	  files=tests/test_contract.py; \
 	done
