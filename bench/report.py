@@ -120,9 +120,9 @@ NOTES = {
     "delta_rule": "D 128, one sequence, positive keys, l2norm in the kernel. Work is counted as the chunk form needs "
     "it, chunks of 32 tokens, at the fp32 FMA rate, for all contestants. HF: the plain PyTorch of transformers; "
     "vLLM: its kernel for bf16.",
-    "delta_rule_step": "bf16 inputs. Limit, cold: reading the states; writing them back comes on top. Warm, where one "
-    "layer is called again and again: the flops. Layers: states of 64 layers in turn; limit: copying them. HF and vLLM: "
-    "fp32 state.",
+    "delta_rule_step": "bf16 inputs. Warm: one layer is called again and again; limit: the flops. Layers: 64 layers in "
+    "turn, whose states come from memory. Cold: nothing is in cache, code included. Limit of both: reading the states; "
+    "writing them back comes on top. HF and vLLM: fp32 state.",
     "tril_inverse": "fp32.",
     "call_overhead": "Warm. One token: the time is the call.",
 }

@@ -66,9 +66,8 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
             if not calls:
                 continue
             size = float(states[0].numel() * states[0].element_size())
-            reads, copies = size if kind == "cold" else 0.0, size if kind == "layers" else 0.0
-            run, flops = in_turn(calls), 6.0 * states[0].numel()
-            contestants.append(Contestant(name, run, reads, flops, copies=copies, peer=name in ("HF", "vLLM")))
+            run, reads, flops = in_turn(calls), 0.0 if kind == "warm" else size, 6.0 * states[0].numel()
+            contestants.append(Contestant(name, run, reads, flops, peer=name in ("HF", "vLLM")))
         label = f"B{batch} H{H} HV{HV} {kind}"
         inner = {"cold": 1, "warm": 200 // batch, "layers": LAYERS}[kind]  # calls per timing: the first is not warm
         yield Race("delta_rule_step", label, threads, contestants, ["HF", "vLLM"], cold=kind == "cold", inner=inner)
