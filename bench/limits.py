@@ -6,6 +6,8 @@ from pathlib import Path
 
 from bench import build
 
+# A page's heads on both sides in 16 bits at 8 heads of 128: 64 tokens in one place, and 16 tokens of K or of V.
+SCATTERED_KB = (256, 32)
 BITS = {"base": 128, "avx2": 256, "avx512": 512, "avx512vnni": 512}
 
 
@@ -30,6 +32,10 @@ class Limits:
     def read(self, threads: int) -> float:
         return self.memory.read(threads)
 
+    def read_scattered(self, threads: int, block: int) -> float:
+        """Blocks of so many bytes in random order, the best of some ways to ask for them ahead."""
+        return self.memory.read_scattered(threads, block)
+
     def copy(self, threads: int, size: int = 0) -> float:
         """Of `size` bytes; all that it has where that is 0 or more than that."""
         whole = self.memory.bytes
@@ -47,4 +53,5 @@ class Limits:
         return self.native.int8(threads, BITS[self.isa], self.isa == "avx512vnni") or self.fma(threads)
 
     def sample(self, threads: int) -> dict[str, float]:
-        return {name: getattr(self, name)(threads) for name in ("read", "copy", "fma", "bf16", "int8")}
+        rates = {name: getattr(self, name)(threads) for name in ("read", "copy", "fma", "bf16", "int8")}
+        return rates | {f"read {kb} KB": self.read_scattered(threads, kb * 2**10) for kb in SCATTERED_KB}

@@ -22,6 +22,11 @@ def attend(q: Tensor, kv: kk.PagedKV, table: Tensor, lens: Tensor) -> Tensor:
     return kk.quant_attention(q, kv, table, lens)
 
 
+def layers(size: float) -> int:
+    """Of how many layers with so many bytes of keys and values a case is made: 8, or what 512 MB hold."""
+    return int(min(8, max(1, 2**29 // size)))
+
+
 def paged(k: Tensor, v: Tensor, name: str, batch: int) -> tuple[kk.PagedKV, Tensor]:
     """k, v [L, HKV, D] bf16 as one sequence, `batch` times over, its pages scattered over the pool; and the table."""
     pages = k.shape[0] // PAGE

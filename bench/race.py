@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -11,18 +11,22 @@ import torch
 
 from bench.limits import Limits
 
+Run = Callable[[], object] | Sequence[Callable[[], object]]
+
 
 @dataclass(frozen=True)
 class Contestant:
     """What is timed, and the work it cannot avoid.
 
+    `run` is one call, or calls that are timed together, one per layer: on cold caches the interpreter and the code are
+    cold for the first, as they are for one layer of a model, and the data for all. Everything else is of one call.
     `reads` and `copies` are bytes: a copied byte is read once and written once. `rate` names the limit that the flops
     are held against: fma, bf16 where both factors are, int8 where the products are of bytes. `serial`: the time floor
     is the sum of memory and arithmetic rather than the larger of the two.
     """
 
     name: str
-    run: Callable[[], object]
+    run: Run
     reads: float
     flops: float
     copies: float = 0.0
@@ -41,7 +45,7 @@ class Race:
     contestants: list[Contestant]
     against: list[str]
     cold: bool = True
-    inner: int = 1  # calls per timing
+    inner: int = 1  # how often a timing repeats the run
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Result:
 
 
 def in_turn(
-    runs: Mapping[str, Callable[[], object]],
+    runs: Mapping[str, Run],
     before: Callable[[], object] | None = None,
     inner: int = 1,
     min_rounds: int = 5,
@@ -74,8 +78,10 @@ def in_turn(
     `before` runs ahead of every timing, outside of it. The order shifts by one each round.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for call in runs.values():
-        call()
+    calls = {name: run if isinstance(run, Sequence) else (run,) for name, run in runs.items()}
+    for layers in calls.values():
+        for call in layers:
+            call()
     order = list(runs)
     began = time.perf_counter()
     for turn in range(max_rounds):
@@ -84,11 +90,12 @@ def in_turn(
         for name in order:
             if before is not None:
                 before()
-            call = runs[name]
+            layers = calls[name]
             start = time.perf_counter()
             for _ in range(inner):
-                call()
-            times[name].append((time.perf_counter() - start) / inner)
+                for call in layers:
+                    call()
+            times[name].append((time.perf_counter() - start) / inner / len(layers))
         order = order[1:] + order[:1]
     return times
 

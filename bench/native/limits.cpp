@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -113,6 +115,21 @@ void read_slice(const char* p, size_t bytes) {
     for (auto& v : s) keep(v);
 }
 
+// Blocks anywhere in memory, one after the other; what comes is asked for Ahead bytes before, past the end of a block too.
+template <int Ahead>
+void read_blocks(const char* const* block, size_t blocks, size_t bytes) {
+  using V = Vec<uint64_t, kWidest>;
+  V sum[2] = {};
+  for (size_t b = 0; b < blocks; ++b) {
+    const char *at = block[b], *next = block[b + 1 < blocks ? b + 1 : b];
+    for (size_t i = 0; i < bytes; i += 64) {
+      if (Ahead) __builtin_prefetch(i + Ahead < bytes ? at + i + Ahead : next + (i + Ahead - bytes), 0, 3);
+      for (int j = 0; j < 64; j += kWidest) sum[i / 64 % 2] ^= *reinterpret_cast<const V*>(at + i + j);
+    }
+  }
+  for (auto& v : sum) keep(v);
+}
+
 class Limits {
  public:
   explicit Limits(size_t bytes) : source_(bytes), target_(bytes) {}
@@ -129,6 +146,22 @@ class Limits {
         }
     }
     return read_once(threads, way_[threads]);
+  }
+
+  // The same of blocks in random order, as pages of a cache lie; the best way of this call.
+  double read_scattered(int threads, size_t block) const {
+    if (block < 16384 || block > source_.bytes() / threads)
+      throw std::invalid_argument("blocks must be of 16384 bytes at least and one for each thread");
+    std::vector<const char*> blocks;
+    for (size_t at = 0; at + block <= source_.bytes(); at += block) blocks.push_back(source_.data() + at);
+    std::shuffle(blocks.begin(), blocks.end(), std::mt19937(1));
+    const size_t each = blocks.size() / threads;
+    double best = 0;
+    for (const auto read : {read_blocks<0>, read_blocks<4096>, read_blocks<8192>, read_blocks<16384>}) {
+      const double s = timed(threads, [&](int id) { read(blocks.data() + id * each, each, block); });
+      best = std::max(best, each * threads * block / s);
+    }
+    return best;
   }
 
   // Bytes copied per second (each of them is read once and written once), `bytes` of them. The place moves on with every
@@ -271,6 +304,7 @@ PYBIND11_MODULE(kvkernels_limits, m) {
   py::class_<Limits>(m, "Limits")
       .def(py::init<size_t>(), py::arg("bytes"))
       .def("read", &Limits::read, py::arg("threads"), free)
+      .def("read_scattered", &Limits::read_scattered, py::arg("threads"), py::arg("block"), free)
       .def("copy", &Limits::copy, py::arg("threads"), py::arg("bytes"), free)
       .def_property_readonly("bytes", &Limits::bytes);
   m.def("fma", &fma_rate, py::arg("threads"), py::arg("bits"), free);

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +25,6 @@ CASES = ((1, "warm"), (1, "cold"), (1, "layers"), (8, "warm"), (8, "cold"), (64,
 
 
 Call = Callable[[], object]
-
-
-def in_turn(calls: list[Call]) -> Call:
-    following = cycle(calls)
-    return lambda: next(following)()
 
 
 def steps(batch: int) -> list[tuple[str, torch.dtype, Callable[[Tensor], Call | None]]]:
@@ -66,8 +60,8 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
             if not calls:
                 continue
             size = float(states[0].numel() * states[0].element_size())
-            run, reads, flops = in_turn(calls), 0.0 if kind == "warm" else size, 6.0 * states[0].numel()
-            contestants.append(Contestant(name, run, reads, flops, peer=name in ("HF", "vLLM")))
+            reads, flops = 0.0 if kind == "warm" else size, 6.0 * states[0].numel()
+            contestants.append(Contestant(name, calls, reads, flops, peer=name in ("HF", "vLLM")))
         label = f"B{batch} H{H} HV{HV} {kind}"
-        inner = {"cold": 1, "warm": 200 // batch, "layers": LAYERS}[kind]  # calls per timing: the first is not warm
+        inner = 200 // batch if kind == "warm" else 1  # the first is not warm
         yield Race("delta_rule_step", label, threads, contestants, ["HF", "vLLM"], cold=kind == "cold", inner=inner)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kvkernels as kk
 from bench import peers
-from bench.pages import HQ, D, scattered
+from bench.pages import HQ, D, layers, scattered
 from bench.race import Contestant, Race
 
 
@@ -77,18 +77,20 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         torch.manual_seed(0)
         q = torch.randn(len(case.lens), HQ, D, dtype=torch.bfloat16)
         k, v, table, lens = caches(case)
+        count = layers(k.nbytes + v.nbytes)
+        held = [(k, v), *((k.clone(), v.clone()) for _ in range(1, count))]
         size = 4.0 * sum(case.lens) * (HQ // case.group) * D
         flops = 4.0 * sum(case.lens) * HQ * D
-        decode = partial(kk.flash_decode, q, k, v, table, lens)
+        decode = [partial(kk.flash_decode, q, *layer, table, lens) for layer in held]
         contestants = [Contestant("flash_decode", decode, size, flops, rate="bf16")]
         if case is STREAM_K:
             # intervals as long as the longest sequence: one per sequence and head
-            fixed = partial(decode, split_tokens=max(case.lens))
+            fixed = [partial(call, split_tokens=max(case.lens)) for call in decode]
             contestants.append(Contestant("fixed split", fixed, size, flops, rate="bf16"))
             yield Race("flash_decode", case.label, threads, contestants, ["fixed split"])
             continue
-        ks, vs = (contiguous(x, table, lens) for x in (k, v))
-        qs = list(q.split(1)) if len(ks) > 1 else [q]
+        flat = [[contiguous(x, table, lens) for x in layer] for layer in held]
+        qs = list(q.split(1)) if len(flat[0][0]) > 1 else [q]
         functions: dict[str, Attention] = {
             "sdpa": peers.sdpa,
             "sdpa grouped": peers.sdpa_grouped,
@@ -97,6 +99,6 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         if not quick:  # compiles for seconds
             functions["flex"] = peers.flex()
         for name, function in functions.items():
-            run = partial(each, function, qs, ks, vs)
+            run = [partial(each, function, qs, *layer) for layer in flat]
             contestants.append(Contestant(name, run, size, flops, rate="bf16", peer=True))
         yield Race("flash_decode", case.label, threads, contestants, list(functions))

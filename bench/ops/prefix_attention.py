@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import kvkernels as kk
-from bench.pages import D
-from bench.race import Contestant, Race
+from bench.pages import D, layers
+from bench.race import Contestant, Race, Run
 
 
 class Tree(NamedTuple):
@@ -83,23 +83,21 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         rate = "bf16" if tree.format == "bf16" else "int8"
 
         table, count = table_of(tree, shared=True)
-        kv = pages_of(tree, count)
+        held = [pages_of(tree, count) for _ in range(layers(once))]
         plan = kk.plan_prefix(table, lens, tree.page)
 
-        def planned(q: Tensor = q, kv: kk.PagedKV = kv, table: Tensor = table, lens: Tensor = lens) -> Tensor:
-            return kk.prefix_attention(q, kv, table, lens)
-
         own, own_count = table_of(tree, shared=False)
-        runs: dict[str, Callable[[], object]] = {
-            "prefix": partial(kk.prefix_attention, q, kv, table, lens, plan=plan),
-            "prefix, with its plan": planned,
-            "per sequence": partial(kk.quant_attention, q, kv, table, lens),
+        runs: dict[str, Run] = {
+            "prefix": [partial(kk.prefix_attention, q, kv, table, lens, plan=plan) for kv in held],
+            "prefix, with its plan": [partial(kk.prefix_attention, q, kv, table, lens) for kv in held],
+            "per sequence": [partial(kk.quant_attention, q, kv, table, lens) for kv in held],
         }
         contestants = [Contestant(name, run, once, flops, rate=rate) for name, run in runs.items()]
         against = ["per sequence"]
         if own_count > count:
             # the same without any page in common: no cache can help
-            apart = partial(kk.quant_attention, q, pages_of(tree, own_count), own, lens)
-            contestants.append(Contestant("no page in common", apart, per_token * batch * length, flops, rate=rate))
+            apart = [pages_of(tree, own_count) for _ in held]
+            run = [partial(kk.quant_attention, q, kv, own, lens) for kv in apart]
+            contestants.append(Contestant("no page in common", run, per_token * batch * length, flops, rate=rate))
             against.append("no page in common")
         yield Race("prefix_attention", tree.label, threads, contestants, against)

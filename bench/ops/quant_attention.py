@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kvkernels as kk
 from bench import peers
-from bench.pages import HKV, HQ, PAGE, D, attend, paged
+from bench.pages import HKV, HQ, PAGE, D, attend, layers, paged
 from bench.race import Contestant, Race
 from kvkernels.ops.quant_attention import cost
 
@@ -38,15 +38,17 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         k, v = (torch.randn(length, HKV, D, dtype=torch.bfloat16) for _ in "kv")
         q = torch.randn(batch, HQ, D, dtype=torch.bfloat16)
         lens = torch.full((batch,), length, dtype=torch.int32)
+        count = layers(4 * batch * length * HKV * D)
         contestants = []
         for name in FORMATS:
-            kv, table = paged(k, v, name, batch)
+            held = [paged(k, v, name, batch) for _ in range(count)]
+            kv, table = held[0]
             case = {"formats": (name,), "lens": (length,) * batch, "Hq": HQ, "Hkv": HKV, "D": D, "page_size": PAGE}
             reads, flops = cost(case | {"Tq": 1, "dtype": "bfloat16"})
             contestants.append(
                 Contestant(
                     name,
-                    partial(attend, q, kv, table, lens),
+                    [partial(attend, q, *layer, lens) for layer in held],
                     reads,
                     flops,
                     # 2-bit codes can be multiplied as bytes, 16-bit rows cannot
@@ -63,14 +65,14 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         del k, v
         for dtype, functions in PEERS.items():
             short = "bf16" if dtype == torch.bfloat16 else "fp32"
-            k_flat, v_flat = (x.to(dtype) for x in flat)
+            pairs = [[x.to(dtype, copy=True) for x in flat] for _ in range(count)]
             q_same = q.to(dtype)
-            size = 2.0 * k_flat.numel() * k_flat.element_size()
+            size = 2.0 * flat[0].numel() * q_same.element_size()
             for name, function in functions.items():
                 contestants.append(
                     Contestant(
                         f"{name} {short}",
-                        partial(function, q_same, k_flat, v_flat),
+                        [partial(function, q_same, *layer) for layer in pairs],
                         size,
                         4.0 * batch * HQ * length * D,
                         rate="bf16" if short == "bf16" else "fma",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -147,12 +146,6 @@ def layers_of(first: Problem, size: float) -> list[Problem]:
     return layers
 
 
-def in_turn(runs: list[Callable[[], object]]) -> Callable[[], object]:
-    """One layer after the other, a call each."""
-    turn = cycle(runs)
-    return lambda: next(turn)()
-
-
 def races(threads: int, quick: bool) -> Iterator[Race]:
     for case in QUICK if quick else CASES:
         layers = layers_of(problem(case, torch.device("cpu")), 0 if quick else ALL_LAYERS)
@@ -170,9 +163,9 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
                 way[against[1]] = (torch_step, layers[0].dense_bytes / BUDGET + both.nbytes)
         contestants = []
         for name, (_, moved) in ways[0].items():
-            run, share = in_turn([way[name][0] for way in ways]), 1 if name == "dense" else BUDGET
+            run, share = [way[name][0] for way in ways], 1 if name == "dense" else BUDGET
             contestants.append(Contestant(name, run, moved, flops / share, rate=rate, peer=name.endswith("torch")))
         parts = [layer.parts() for layer in layers]
         for name, (_, moved) in parts[0].items():
-            contestants.append(Contestant(name, in_turn([part[name][0] for part in parts]), moved, 0.0))
-        yield Race("sparse_attention", case.label, threads, contestants, against, cold=False, inner=len(layers))
+            contestants.append(Contestant(name, [part[name][0] for part in parts], moved, 0.0))
+        yield Race("sparse_attention", case.label, threads, contestants, against, cold=False)
