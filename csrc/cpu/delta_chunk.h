@@ -1,11 +1,12 @@
-// A chunk of the delta rule in fp32, up to where the state comes in: rows of keys and queries, decays, L and P
-// (delta.h). The forward pass and the backward pass both begin with it.
+// A chunk of the delta rule, up to where the state comes in: rows of keys and queries, decays, L and P (delta.h). The
+// forward pass and the backward pass both begin with it.
 #pragma once
 #include "cpu/arena.h"
 #include "cpu/delta_tasks.h"
 #include "cpu/isa.h"
 #include "cpu/matmul.h"
 #include "cpu/matmul_bf16.h"
+#include "cpu/matmul_i16.h"
 
 KK_BEGIN
 
@@ -28,29 +29,52 @@ inline void row_times(const float* x, const float* f, int64_t n, float* y) {
 // up to a multiple of 16 in k; rows of channels are `ld` long, zero beyond K.
 struct DeltaKeys {
   int64_t C, K, ld, tokens = 0;
-  float *k, *q;                // [C][ld] k after l2norm, q as it was given
+  float *k, *q;                // [C][ld] k after l2norm, q as it was given; null where `rounded`
   float *k_factor, *q_factor;  // [C] what l2norm multiplies k and q by, or 1
   float* k_square;             // [C] sum k^2, for kaczmarz only
-  float* k_t;                  // [ld][C] transposed
+  float* k_t;                  // [ld][C] transposed; null where `rounded`
   float *kk, *qk;              // [C][C] K K^T (without erase), Q K^T in lower blocks of 16; one gate per head only
 
-  DeltaKeys(const DeltaInputs& p, Arena& arena) : C(p.chunk), K(p.K), ld(round_up(p.K, 16)) {
-    k = arena.take<float>(C * ld);
-    q = p.q.p ? arena.take<float>(C * ld) : nullptr;
+  // Whole numbers for products with the state (matmul_i16.h), null where not `rounded`: [C][round_up(K, 32)], k as it was
+  // given, and k transposed [.. K][C].
+  bool rounded;
+  int16_t *k_whole = nullptr, *q_whole = nullptr, *k_t_whole = nullptr;
+  float *k_unit = nullptr, *q_unit = nullptr;  // [C] of rows; that of k times what l2norm multiplies by
+  float n_most = 0.0f;                         // of elements of columns that k_t_whole is multiplied by
+
+  // `may_round`: products with the state are not asked for in fp32.
+  DeltaKeys(const DeltaInputs& p, Arena& arena, [[maybe_unused]] bool may_round = false)
+      : C(p.chunk), K(p.K), ld(round_up(p.K, 16)) {
+    bf16_ = p.k.dtype == DType::bf16 && !p.vector_gate && cpu::has_avx512bf16();
+    rounded = false;
+#if defined(__AVX512VNNI__)
+    rounded = may_round && bf16_ && !p.erase.p && K % 2 == 0;
+#endif
+    k = rounded ? nullptr : arena.take<float>(C * ld);
+    q = rounded || !p.q.p ? nullptr : arena.take<float>(C * ld);
     k_factor = arena.take<float>(C);
     q_factor = arena.take<float>(C);
     k_square = arena.take<float>(C);
-    k_t = arena.take<float>(ld * C);
+    k_t = rounded ? nullptr : arena.take<float>(ld * C);
     kk = p.vector_gate || p.erase.p ? nullptr : arena.take<float>(C * C);
     qk = p.vector_gate || !p.q.p ? nullptr : arena.take<float>(C * C);
-    bf16_ = p.k.dtype == DType::bf16 && !p.vector_gate && cpu::has_avx512bf16();
     if (!bf16_) return;
     given_ = arena.take<uint16_t>(C * given_ld());
     words_ = arena.take<uint32_t>(given_ld() / 2 * C);
+    if (!rounded) return;
+    k_whole = arena.take<int16_t>(C * given_ld());
+    q_whole = arena.take<int16_t>(p.q.p ? C * given_ld() : 0);
+    k_t_whole = arena.take<int16_t>(given_ld() * C);
+    k_unit = arena.take<float>(C);
+    q_unit = arena.take<float>(C);
+    sums_ = arena.take<float>(given_ld());
   }
 
   void read(const DeltaInputs& p, const DeltaSequence& s, int64_t from, int64_t head) {
     tokens = s.end - from < C ? s.end - from : C;
+#if defined(__AVX512VNNI__)
+    if (rounded) return read_rounded(p, s, from, head);
+#endif
     for (int64_t i = 0; i < tokens; ++i) {
       float* row = k + i * ld;
       load_padded_row(p.k, s.batch, from + i, head, K, ld, row);
@@ -59,13 +83,21 @@ struct DeltaKeys {
       if (!q) continue;
       row = q + i * ld;
       load_padded_row(p.q, s.batch, from + i, head, K, ld, row);
-      q_factor[i] = p.l2norm ? 1.0f / ::sqrtf(dot(row, row, K) + kL2NormEps) : 1.0f;
+      q_factor[i] = p.l2norm ? l2norm_factor(dot(row, row, K)) : 1.0f;
     }
     const int64_t rows = round_up(tokens, 16);
     memset(k + tokens * ld, 0, static_cast<size_t>((rows - tokens) * ld) * 4);
     transpose(rows, ld, k, ld, k_t, C);
 #if defined(__AVX512F__)
-    if (bf16_) return multiply_bf16(p, s, from, head);
+    if (bf16_) {
+      copy_given(p.k, s, from, head);
+      multiply_keys(p.l2norm);
+      if (qk) {
+        copy_given(p.q, s, from, head);
+        multiply_queries(p.l2norm);
+      }
+      return;
+    }
 #endif
     if (kk) lower_blocks_matmul(tokens, K, 16, {k, ld, 1}, k_t, C, kk, C);
     if (qk) lower_blocks_matmul(tokens, K, 16, {q, ld, 1}, k_t, C, qk, C);
@@ -75,35 +107,80 @@ struct DeltaKeys {
   bool bf16_;        // products among keys from the bf16 numbers as they were given, which are exact
   uint16_t* given_;  // [C][given_ld] rows with zeros after them
   uint32_t* words_;  // [given_ld / 2][C] pairs of channels of the keys
+  float* sums_;      // [given_ld] of magnitudes of k_whole
   int64_t given_ld() const { return round_up(K, 32); }
 
 #if defined(__AVX512F__)
-  void multiply_bf16(const DeltaInputs& p, const DeltaSequence& s, int64_t from, int64_t head) {
+  void copy_given(const DeltaRows& x, const DeltaSequence& s, int64_t from, int64_t head) {
     const int64_t n = given_ld();
-    const auto copy = [&](const DeltaRows& x) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      memcpy(given_ + i * n, delta_row(x, s.batch, from + i, head), static_cast<size_t>(K) * 2);
+      if (n > K) memset(given_ + i * n + K, 0, static_cast<size_t>(n - K) * 2);
+    }
+    memset(given_ + tokens * n, 0, static_cast<size_t>((round_up(tokens, 16) - tokens) * n) * 2);
+  }
+  // words_[p][i] = channels 2p and 2p + 1 of row i.
+  void pair_channels(const void* rows) {
+    const int64_t n = given_ld() / 2;
+    transpose(round_up(tokens, 16), n, static_cast<const float*>(rows), n, reinterpret_cast<float*>(words_), C);
+  }
+  // Of the keys in given_.
+  void multiply_keys(bool factors) {
+    const int64_t n = given_ld(), rows = round_up(tokens, 16);
+    pair_channels(given_);
+    for (int64_t i = tokens; i < rows; ++i) k_factor[i] = 0.0f;
+    if (!kk) return;
+    bf16_lower_blocks_matmul(tokens, n, given_, n, words_, C, kk, C);
+    if (!factors) return;
+    for (int64_t i = 0; i < tokens; ++i) {
+      row_times(kk + i * C, k_factor, i + 1, kk + i * C);
+      scale_row(kk + i * C, k_factor[i], i + 1);
+    }
+  }
+  // Of the queries in given_.
+  void multiply_queries(bool factors) {
+    const int64_t n = given_ld();
+    bf16_lower_blocks_matmul(tokens, n, given_, n, words_, C, qk, C);
+    if (!factors) return;
+    for (int64_t i = 0; i < tokens; ++i) row_times(qk + i * C, k_factor, i + 1, qk + i * C);
+  }
+#endif
+
+#if defined(__AVX512VNNI__)
+  void read_rounded(const DeltaInputs& p, const DeltaSequence& s, int64_t from, int64_t head) {
+    const int64_t n = given_ld(), rows = round_up(tokens, 16);
+    const auto round = [&](int16_t* whole, float* unit, float* factor, float* square) {
       for (int64_t i = 0; i < tokens; ++i) {
-        memcpy(given_ + i * n, delta_row(x, s.batch, from + i, head), static_cast<size_t>(K) * 2);
-        memset(given_ + i * n + K, 0, static_cast<size_t>(n - K) * 2);
+        const RoundedRow row = round_row(given_ + i * n, n, whole + i * n, sums_);
+        unit[i] = row.unit;
+        factor[i] = p.l2norm ? l2norm_factor(row.square) : 1.0f;
+        if (square) square[i] = row.square * factor[i] * factor[i];
       }
     };
-    copy(p.k);
-    const int64_t rows = round_up(tokens, 16);
-    memset(given_ + tokens * n, 0, static_cast<size_t>((rows - tokens) * n) * 2);
-    transpose(rows, n / 2, reinterpret_cast<const float*>(given_), n / 2, reinterpret_cast<float*>(words_), C);
-    for (int64_t i = tokens; i < rows; ++i) k_factor[i] = 0.0f;
-    if (kk) {
-      bf16_lower_blocks_matmul(tokens, n, given_, n, words_, C, kk, C);
-      if (p.l2norm)
-        for (int64_t i = 0; i < tokens; ++i) {
-          row_times(kk + i * C, k_factor, i + 1, kk + i * C);
-          scale_row(kk + i * C, k_factor[i], i + 1);
-        }
-    }
+    copy_given(p.k, s, from, head);
+    memset(sums_, 0, static_cast<size_t>(n) * 4);
+    round(k_whole, k_unit, k_factor, k_square);
+    F most = F::fill(1.0f);
+    for (int64_t c = 0; c < n; c += F::W) most = max(F::load(sums_ + c), most);
+    n_most = column_most(most.fold_max());
+    for (int64_t i = 0; i < rows; ++i) k_unit[i] = i < tokens ? k_unit[i] * k_factor[i] : 0.0f;
+    memset(k_whole + tokens * n, 0, static_cast<size_t>((rows - tokens) * n) * 2);
+
+    pair_channels(k_whole);
+    const auto store = [](int16_t* to, __m512i x) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(x));
+    };
+    for (int64_t c = 0; c < n; c += 2)
+      for (int64_t i = 0; i < rows; i += 16) {
+        const __m512i pairs = _mm512_loadu_si512(words_ + c / 2 * C + i);
+        store(k_t_whole + c * C + i, pairs);
+        store(k_t_whole + (c + 1) * C + i, _mm512_srli_epi32(pairs, 16));
+      }
+    multiply_keys(p.l2norm);
     if (qk) {
-      copy(p.q);
-      bf16_lower_blocks_matmul(tokens, n, given_, n, words_, C, qk, C);
-      if (p.l2norm)
-        for (int64_t i = 0; i < tokens; ++i) row_times(qk + i * C, k_factor, i + 1, qk + i * C);
+      copy_given(p.q, s, from, head);
+      round(q_whole, q_unit, q_factor, nullptr);
+      multiply_queries(p.l2norm);
     }
   }
 #endif
@@ -111,7 +188,8 @@ struct DeltaKeys {
 
 // What a chunk of one value head is:
 //   N = (I + L)^-1 (w - e_factor (e S))       o = q_factor (q S) + P N       S <- whole S + keys_t (tail N)
-// where factors multiply rows.
+// where factors multiply rows. With keys.rounded e, q and keys_t are the whole numbers of the key head, and their units
+// are in the factors.
 struct DeltaHead {
   float* beta;                 // [C] after its rule
   float* alpha;                // [C], or [C][ld] with vector_gate
@@ -190,9 +268,9 @@ struct DeltaHead {
     for (int64_t i = 0; i < n; ++i) {
       a *= alpha[i];
       start[i] = a;
-      e_factor[i] = a * beta[i];
-      const float q_scale = key.q ? in.scale * key.q_factor[i] : 0.0f;
-      q_factor[i] = a * q_scale;
+      e_factor[i] = a * beta[i] * (key.rounded ? key.k_unit[i] : 1.0f);
+      const float q_scale = p ? in.scale * key.q_factor[i] : 0.0f;
+      q_factor[i] = a * q_scale * (p && key.rounded ? key.q_unit[i] : 1.0f);
       const F by = F::fill(alpha[i]), minus_beta = F::fill(-beta[i]), scale = F::fill(q_scale);
       float* d = decay + i * C;
       for (int64_t j = 0; j < C; j += F::W) (i ? F::load(d - C + j) * by : F::zero()).store(d + j);
@@ -204,6 +282,7 @@ struct DeltaHead {
       }
     }
     memcpy(tail, decay + (n - 1) * C, static_cast<size_t>(C) * 4);
+    if (key.rounded) row_times(tail, key.k_unit, n, tail);
     for (int64_t c = 0; c < key.ld; ++c) whole[c] = a;
   }
 

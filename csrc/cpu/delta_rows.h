@@ -112,9 +112,10 @@ inline void scale_row(float* x, float by, int64_t n) {
   for (int64_t i = 0; i < n; i += F::W) (F::load(x + i) * f).store(x + i);
 }
 
-// In place; returns 1 / sqrt(sum x^2 + eps).
+inline float l2norm_factor(float square) { return 1.0f / ::sqrtf(square + kL2NormEps); }
+// In place; returns the factor.
 inline float l2norm(float* x, int64_t n) {
-  const float factor = 1.0f / ::sqrtf(dot(x, x, n) + kL2NormEps);
+  const float factor = l2norm_factor(dot(x, x, n));
   scale_row(x, factor, n);
   return factor;
 }

@@ -71,15 +71,16 @@ struct Room {
   DeltaHead head;
   float *n, *o, *row;  // [C][64], [C][64], [64]
   float* states;       // of the lanes of a task, [K][64] each
-  uint32_t* words;     // [K / 2][64] a state in pairs of bf16 rows; null where queries are not bf16 as they are
+  uint32_t* words;     // [max(K, C) / 2][64] what whole numbers are multiplied by; null where keys are not rounded
+  float* unit;         // [64] of its columns
 
-  Room(const DeltaRuleParams& p, const Plan& plan, Arena& arena) : keys(p.in, arena), head(p.in, arena) {
+  Room(const DeltaRuleParams& p, const Plan& plan, Arena& arena) : keys(p.in, arena, true), head(p.in, arena) {
     n = arena.take<float>(p.in.chunk * kDeltaPanel);
     o = arena.take<float>(p.in.chunk * kDeltaPanel);
     row = arena.take<float>(kDeltaPanel);
     words = nullptr;
-    if (p.in.q.p && p.in.q.dtype == DType::bf16 && !p.in.vector_gate && p.in.K % 2 == 0 && cpu::has_avx512bf16())
-      words = arena.take<uint32_t>(p.in.K / 2 * kDeltaPanel);
+    if (keys.rounded) words = arena.take<uint32_t>((p.in.K > p.in.chunk ? p.in.K : p.in.chunk) / 2 * kDeltaPanel);
+    unit = arena.take<float>(kDeltaPanel);
     states = arena.take<float>(plan.heads * ((plan.lanes + plan.parts - 1) / plan.parts) * p.in.K * kDeltaPanel);
   }
 };
@@ -106,7 +107,7 @@ struct Pair {
     if (!lay_out) return;
     if (arena.base) memset(passed, 0, static_cast<size_t>(counters) * sizeof(int64_t));
     for (int64_t i = 0; i < plan.ring; ++i) {
-      const DeltaKeys key(in, arena);
+      const DeltaKeys key(in, arena, true);
       if (arena.base) keys[i] = key;
     }
     for (int64_t i = 0; i < plan.ring * plan.group; ++i) {
@@ -202,21 +203,6 @@ void write_rows(const DeltaRuleParams& p, const DeltaSequence& s, int64_t begin,
   });
 }
 
-// o = q S of one lane.
-void query_state(const DeltaInputs& in, const DeltaKeys& keys, const DeltaHead& head, const Room& room,
-                 const DeltaSequence& s, int64_t begin, const Lane& lane, const float* S) {
-  const int64_t tokens = keys.tokens;
-  [[maybe_unused]] const uint8_t* q = delta_row(in.q, s.batch, begin, lane.head / (in.HV / in.H));
-#if defined(__AVX512F__)
-  if (room.words) {
-    bf16_words(S, in.K, room.words);
-    bf16_matmul(tokens, in.K, reinterpret_cast<const uint16_t*>(q), in.q.token, room.words, room.o);
-    return;
-  }
-#endif
-  matmul(tokens, lane.to - lane.from, in.K, {head.q, keys.ld, 1}, S, kDeltaPanel, room.o, kDeltaPanel);
-}
-
 // A chunk on one lane's state. Of the room, what belongs to the lane is used.
 void chunk_step(const DeltaRuleParams& p, const DeltaKeys& keys, const DeltaHead& head, const Room& room,
                 const DeltaSequence& s, int64_t begin, const Lane& lane, const DeltaAhead& ahead, float* S) {
@@ -233,18 +219,40 @@ void chunk_step(const DeltaRuleParams& p, const DeltaKeys& keys, const DeltaHead
       product(i, rows - i < kPiece ? rows - i : kPiece);
     }
   };
+#if defined(__AVX512VNNI__)
+  if (keys.rounded) round_columns(S, in.K, kColumnMost, room.words, room.unit);
+#endif
+  // y = x S, one of e and q.
+  const auto look_up = [&](const float* x, [[maybe_unused]] const int16_t* whole, int64_t i, int64_t rows, float* y) {
+#if defined(__AVX512VNNI__)
+    const int64_t ld = round_up(in.K, 32);
+    if (keys.rounded)
+      return i16_matmul(rows, columns, in.K / 2, whole + i * ld, ld, room.words, room.unit, y + i * kDeltaPanel);
+#endif
+    matmul(rows, columns, in.K, {x + i * keys.ld, keys.ld, 1}, S, kDeltaPanel, y + i * kDeltaPanel, kDeltaPanel);
+  };
   in_pieces(tokens, [&](int64_t i, int64_t rows) {
     if (p.o) ask_for_output(p, s, begin + i, rows, lane);
-    matmul(rows, columns, in.K, {head.e + i * keys.ld, keys.ld, 1}, S, kDeltaPanel, N + i * kDeltaPanel, kDeltaPanel);
+    look_up(head.e, keys.k_whole, i, rows, N);
   });
   form_rows(in, head, s, begin, tokens, lane, room.row, N);
   triangle_solve<Part::solve_lower>(tokens, columns, {head.minus_l, C, 1}, N, kDeltaPanel);
   if (p.o) {
-    query_state(in, keys, head, room, s, begin, lane, S);
+    look_up(head.q, keys.q_whole, 0, tokens, o);
     triangle_matmul<Part::lower>(tokens, columns, {head.p, C, 1}, N, kDeltaPanel, o, kDeltaPanel, Start::scaled,
                                  head.q_factor);
     write_rows(p, s, begin, tokens, lane, o);
   }
+#if defined(__AVX512VNNI__)
+  if (keys.rounded) {
+    if (tokens % 2) memset(N + tokens * kDeltaPanel, 0, kDeltaPanel * 4);
+    round_columns(N, round_up(tokens, 2), keys.n_most, room.words, room.unit, head.tail);
+    return in_pieces(in.K, [&](int64_t i, int64_t rows) {
+      i16_matmul(rows, columns, (tokens + 1) / 2, keys.k_t_whole + i * C, C, room.words, room.unit, S + i * kDeltaPanel,
+                 head.whole + i);
+    });
+  }
+#endif
   if (in.g.p && !in.vector_gate)
     for (int64_t i = 0; i < tokens; ++i) scale_row(N + i * kDeltaPanel, head.tail[i], kDeltaPanel);
   in_pieces(in.K, [&](int64_t i, int64_t rows) {

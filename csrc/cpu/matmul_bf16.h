@@ -1,5 +1,5 @@
-// Products of bf16 rows with an fp32 matrix that is rounded to bf16, by the instruction that multiplies pairs and sums
-// in fp32: twice as fast as fp32 products. For callers that ask has_avx512bf16().
+// Products of bf16 rows with each other, by the instruction that multiplies pairs and sums in fp32: twice as fast as fp32
+// products, and exact but for the sums. For callers that ask has_avx512bf16().
 #pragma once
 #include "cpu/many_rows.h"
 #include "cpu/matmul.h"
@@ -7,55 +7,6 @@
 #if defined(__AVX512F__)
 
 KK_BEGIN
-
-constexpr int64_t kWordColumns = 64;
-
-// words[p][j] = elements (2p, j) and (2p + 1, j) of b [k, 64], k even.
-inline void bf16_words(const float* b, int64_t k, uint32_t* words) {
-  alignas(64) uint16_t order[32];
-  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
-  const __m512i interleave = _mm512_load_si512(order);
-  for (int64_t p = 0; p < k; p += 2, b += 2 * kWordColumns, words += kWordColumns)
-#pragma GCC unroll 4
-    for (int j = 0; j < kWordColumns; j += 16) {
-      __m512i pair;  // of the even row, then of the odd row
-      asm("vcvtne2ps2bf16 %2, %1, %0"
-          : "=v"(pair)
-          : "v"(_mm512_loadu_ps(b + kWordColumns + j)), "v"(_mm512_loadu_ps(b + j)));
-      _mm512_storeu_si512(words + j, _mm512_permutexvar_epi16(interleave, pair));
-    }
-}
-
-template <int R>
-[[gnu::noinline]] void bf16_tile(int64_t pairs, const uint16_t* a, int64_t lda, const uint32_t* words, float* c) {
-  __m512 acc[R][4];
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_setzero_ps();
-  for (int64_t p = 0; p < pairs; ++p, a += 2, words += kWordColumns) {
-    __m512i v[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_si512(words + 16 * j);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      memcpy(&pair, a + r * lda, sizeof(pair));
-      const __m512i x = _mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) dot_bf16(acc[r][j], v[j], x);
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + r * kWordColumns + 16 * j, acc[r][j]);
-}
-
-// c [m, 64] = a [m, k] b [k, 64], b in words.
-inline void bf16_matmul(int64_t m, int64_t k, const uint16_t* a, int64_t lda, const uint32_t* words, float* c) {
-  row_tiles(m, [&](auto R, int64_t i) { bf16_tile<R.value>(k / 2, a + i * lda, lda, words, c + i * kWordColumns); });
-}
 
 // Rows of the tile of c = a b, b in words, the products of every 16 inner indices summed apart as in careful_tile.
 template <int R, int N>
