@@ -99,8 +99,11 @@ def measure(model: Any, token: Tensor, short: dict[str, Any], long: dict[str, An
         runs[name] = partial(step, model, token, long[name])
     times = in_turn(runs, min_rounds=5, max_rounds=25, budget=budget)
     few = {name: times[f"{name}, short"] for name in long}
-    grown = {name: median(b - a for a, b in zip(few[name], times[name], strict=True)) for name in long}
+    differences = {name: sorted(b - a for a, b in zip(few[name], times[name], strict=True)) for name in long}
+    grown = {name: median(d) for name, d in differences.items()}
     ours = next(iter(long))
+    own, quarter = differences[ours], len(differences[ours]) // 4
+    told = grown[ours] > (own[-1 - quarter] - own[quarter]) / 2  # apart from the noise: half the quartiles' distance
     body = []
     for name, cache in long.items():
         held = cache.nbytes if isinstance(cache, KVCache) else nbytes(cache)
@@ -116,7 +119,7 @@ def measure(model: Any, token: Tensor, short: dict[str, Any], long: dict[str, An
                 f"{1 / median(times[name]):.1f}",
                 f"{ratio:.2f}",
                 report.duration(max(grown[name], 0.0)),
-                f"{grown[name] / grown[ours]:.1f}" if grown[ours] > 0 else "",  # less than the noise
+                f"{grown[name] / grown[ours]:.1f}" if told else "",
             ]
         )
     context = long[ours].get_seq_length()
