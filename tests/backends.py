@@ -156,7 +156,7 @@ def on_backend() -> Iterator[None]:
     if CPU:
         yield
         return
-    names = ("_op", "_backward_op")  # some modules call others
+    names = ("_op", "_plain_op", "_backward_op")  # some modules call others
     real = {(module, n): getattr(module, n) for module in OPS.values() for n in names if hasattr(module, n)}
     for (module, name), op in real.items():
         setattr(module, name, elsewhere(op))

@@ -18,6 +18,7 @@ from kvkernels.ops import OPS, _scores, delta_rule_step, merge_states
 # Where a wrapper finds its op; the rest are made of those.
 FOUND: dict[str, tuple[Any, str]] = {name: (op, "_op") for name, op in OPS.items() if hasattr(op, "_op")}
 FOUND["score_tokens"] = (_scores, "_score_tokens")
+FOUND |= {name: (OPS[name], "_plain_op") for name in FOUND if hasattr(OPS[name], "_plain_op")}  # first_case is plain
 
 
 def first_case(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -249,16 +249,17 @@ REGISTERED = [c for c in SOME if hasattr(OPS[c[0]], "_op")]  # the rest are made
 def test_opcheck(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS[name]
     args, kwargs = to_device(op.make(case))
-    calls: list[tuple[Any, ...]] = []
-    real = op._op
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    for attribute in {"_op", "_plain_op"} & vars(op).keys():
+        real = getattr(op, attribute)
 
-    def record(*flat: Any) -> Any:
-        calls.append(flat)
-        return real(*flat)
+        def record(*flat: Any, real: Any = real) -> Any:
+            calls.append((real, flat))
+            return real(*flat)
 
-    monkeypatch.setattr(op, "_op", record)
+        monkeypatch.setattr(op, attribute, record)
     getattr(kk, name)(*args, **kwargs)
-    torch.library.opcheck(real, calls[0])
+    torch.library.opcheck(*calls[0])
 
 
 @pytest.mark.once

@@ -124,6 +124,7 @@ class Workspace {
 }  // namespace kk::bind
 
 // The same function under both keys: a build without CUDA then refuses in its own words.
-#define KK_REGISTER(op)                                                                   \
-  STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl(#op, TORCH_BOX(&kk::bind::op)); } \
-  STABLE_TORCH_LIBRARY_IMPL(kvkernels, CUDA, m) { m.impl(#op, TORCH_BOX(&kk::bind::op)); }
+#define KK_REGISTER_AS(name, op)                                                           \
+  STABLE_TORCH_LIBRARY_IMPL(kvkernels, CPU, m) { m.impl(name, TORCH_BOX(&kk::bind::op)); } \
+  STABLE_TORCH_LIBRARY_IMPL(kvkernels, CUDA, m) { m.impl(name, TORCH_BOX(&kk::bind::op)); }
+#define KK_REGISTER(op) KK_REGISTER_AS(#op, op)

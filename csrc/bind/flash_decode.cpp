@@ -57,6 +57,11 @@ void flash_decode(const Tensor& q_arg, const Tensor& k_cache, const Tensor& v_ca
       out, lse);
 }
 
+void flash_decode_plain(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                        const Tensor& seq_lens, double scale, const Tensor& out) {
+  flash_decode(q, k_cache, v_cache, block_table, seq_lens, scale, -1, 0.0, {}, {}, 0, {}, {}, {}, {}, {}, out, {});
+}
+
 }  // namespace
 }  // namespace kk::bind
 
@@ -64,5 +69,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvkernels, m) {
   m.def(
       "flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
       "seq_lens, " KK_ATTENTION_OPTIONS ", Tensor[]? plan, Tensor(a!) out, Tensor(b!)? lse) -> ()");
+  // As quant_attention.plain.
+  m.def(
+      "flash_decode.plain(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float scale, "
+      "Tensor(a!) out) -> ()");
 }
 KK_REGISTER(flash_decode)
+KK_REGISTER_AS("flash_decode.plain", flash_decode_plain)

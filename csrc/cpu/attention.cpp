@@ -80,9 +80,10 @@ void run_tasks(Job& job, int thread) {
   const AttentionParams& p = job.p;
   const Schedule& schedule = job.schedule;
   Arena arena = schedule.scratch(thread);
+  Ahead ahead;
   Task* const tasks = arena.take<Task>(schedule.max_heads());
   for (int64_t j = 0; j < schedule.max_heads(); ++j)
-    new (&tasks[j]) Task(p, arena, schedule.max_rows(), j ? tasks : nullptr);
+    new (&tasks[j]) Task(p, ahead, arena, schedule.max_rows(), j ? tasks : nullptr);
   for (int64_t i = job.take(); i < schedule.tasks(); i = job.take()) {
     const Schedule::Work work = schedule.task(i);
     Block block = work.block;

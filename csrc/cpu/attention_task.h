@@ -82,22 +82,24 @@ struct Task {
     bool queries_ready;
 #endif
   } state[kMaxPools];
-  Ahead ahead;
+  Ahead& ahead;  // one for all tasks of a thread, as its 18 KB hold nothing between two heads
   bool mu_ready = false;
   int score_share = kAheadScores;  // sixteenths of the lines ahead that are asked for while scores are made
 
   // What `heads` tasks need that take turns.
   static int64_t scratch_bytes(const AttentionParams& p, int64_t rows, int64_t heads) {
     Arena a{nullptr};
+    Ahead ahead;
     a.take<Task>(heads);
-    const Task t(p, a, rows, nullptr);
-    for (int64_t j = 1; j < heads; ++j) Task(p, a, rows, &t);
-    return a.used;
+    const Task first(p, ahead, a, rows, nullptr);
+    const int64_t before = a.used;
+    const Task next(p, ahead, a, rows, &first);
+    return before + (a.used - before) * (heads - 1);
   }
 
   // Buffers that hold nothing between two chunks are those of `other`, if there is one.
-  Task(const AttentionParams& params, Arena& a, int64_t max_rows, const Task* other)
-      : p(params), D(p.D), DV(p.Dv), digits(p.dtype == DType::f32 ? 3 : 2) {
+  Task(const AttentionParams& params, Ahead& lines_ahead, Arena& a, int64_t max_rows, const Task* other)
+      : p(params), D(p.D), DV(p.Dv), digits(p.dtype == DType::f32 ? 3 : 2), ahead(lines_ahead) {
     query = a.take<QueryRow>(max_rows);
     q = a.take<float>(max_rows * D);
     out_rows = a.take<float>(max_rows * DV);

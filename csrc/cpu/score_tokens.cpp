@@ -102,7 +102,9 @@ struct KeyWorker {
   Task* tasks;           // [heads][blocks]
   float* s;              // [rows][kChunk] of one KV head
   float *best, *begun;   // [rows][kChunk]: of pages; [heads][rows]: of the page that a chunk leaves unfinished
+  Ahead ahead;
 
+  KeyWorker(const KeyWorker&) = delete;  // the tasks refer to `ahead`
   KeyWorker(const Pieces& work, const RowReduction& r, const AttentionParams& a, Arena from)
       : pieces(work), reduction(r), p(work.p), arena(from), rows(r.rows()), blocks((rows + kMaxRows - 1) / kMaxRows) {
     const int64_t n = pieces.heads * blocks;
@@ -110,10 +112,10 @@ struct KeyWorker {
     s = arena.take<float>(rows * kChunk + F::W);
     best = arena.take<float>(p.best_of_page ? rows * kChunk : 0);
     begun = arena.take<float>(p.best_of_page ? pieces.heads * rows : 0);
-    const Task first(a, arena, kMaxRows < rows ? kMaxRows : rows, nullptr);
+    const Task first(a, ahead, arena, kMaxRows < rows ? kMaxRows : rows, nullptr);
     if (tasks) new (&tasks[0]) Task(first);
     for (int64_t i = 1; i < n; ++i) {
-      const Task task(a, arena, kMaxRows < rows ? kMaxRows : rows, &first);
+      const Task task(a, ahead, arena, kMaxRows < rows ? kMaxRows : rows, &first);
       if (tasks) new (&tasks[i]) Task(task);
     }
     for (int64_t i = 0; tasks && i < n; ++i) {
@@ -147,13 +149,13 @@ struct KeyWorker {
       more = tasks[0].next_chunk(next, pos, to);
       for (int64_t j = 0; j < heads; ++j) {
         Task* const task = tasks + j * blocks;
-        task->ahead.clear();
+        ahead.clear();
         if (j + 1 < heads)
           task->list_side<Side::K>(c, c.pool->k_head);
         else if (more)
           task->list_side<Side::K>(next, 0);
         for (int64_t k = 0; k < blocks; ++k) task[k].scores(c);
-        task->ahead.take_rest();
+        ahead.take_rest();
         if (p.best_of_page)
           put_best(b, g + j, c, begun + j * rows);
         else

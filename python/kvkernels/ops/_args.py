@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from kvkernels.paged_kv import OFFLOADED, PagedKV, format_code
+from kvkernels.paged_kv import OFFLOADED, KVTransform, PagedKV, format_code
 
 NO_TRANSFORM = (None, None, None)  # centre, balance, order
 
@@ -28,6 +28,12 @@ def all_pools(op: str, kv: PagedKV) -> tuple[list[Tensor], list[int]]:
     for i in kv.offloaded:
         codes[i] |= OFFLOADED
     return tensors, codes
+
+
+def basis(transform: KVTransform) -> list[Tensor]:
+    """As a list of tensors, which has no place for None."""
+    centre, balance, order = transform
+    return [centre, balance] if order is None else [centre, balance, order]
 
 
 def one_pool(op: str, kv: PagedKV, pool: int, name: str = "pool") -> tuple[Tensor, Tensor | None, int]:

@@ -197,7 +197,7 @@ def random_options(case: dict[str, Any], groups: int, D: int, v_dim: int, gen: t
     """Keyword arguments of a case. An extra token without weight (bias -inf) holds NaN."""
     B, Hq, dtype = len(case["lens"]), case["Hq"], getattr(torch, case["dtype"])
     options: dict[str, Any] = {k: case[k] for k in ("scale", "softcap", "split_tokens", "head_map") if k in case}
-    options["return_lse"] = True
+    options["return_lse"] = case.get("return_lse", True)
     if "window" in case:
         options["window"] = (case["window"], 0)
     if case.get("sinks"):

@@ -17,6 +17,7 @@ FORMATS = ("bf16", "f16")
 MLA = (576, 512)  # channels of a key, of which these are the value
 
 _op = torch.ops.kvkernels.flash_decode.default
+_plain_op = torch.ops.kvkernels.flash_decode.plain  # without options
 
 
 @overload
@@ -137,32 +138,37 @@ def flash_decode(
     token of RazorAttention, arXiv:2407.15891; sinks as in gpt-oss; softcap as in Gemma 2, arXiv:2408.00118.
     """
     try:
-        left, right = window
-        if left < -1 or right not in (-1, 0):
-            _args.bad_window("flash_decode", left, right)
         if torch.is_grad_enabled() and (
             q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-            or sinks is not None or alibi_slopes is not None or out is not None
+            or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
         ):  # fmt: skip
-            _args.refuse_grad("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache,
-                              sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
-        if extra is not None and torch.is_grad_enabled():
-            _args.refuse_grad("flash_decode", **_args.parts(extra, None))
-        given = out
+            _args.refuse_grad("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks,
+                              alibi_slopes=alibi_slopes, **_args.parts(extra, None), out=out)  # fmt: skip
+        given, lse = out, None
         if out is None:
             D, Dv = MLA
             wide = q.shape[-1] == D
             out = torch.empty((*q.shape[:-1], Dv), dtype=q.dtype, device=q.device) if wide else torch.empty_like(q)
-        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
         if scale is None:
             scale = q.shape[-1] ** -0.5
-        if split_tokens is None:
-            split_tokens = 0
-        elif split_tokens == 0:
-            _args.no_split("flash_decode")
-        _op(q, k_cache, v_cache, block_table, seq_lens, scale, left, softcap, sinks, alibi_slopes,
-            split_tokens, tree_mask, head_windows, extra, head_map,
-            plan, out, lse)  # fmt: skip
+        if (
+            window == (-1, -1) and softcap == 0.0 and sinks is None and alibi_slopes is None and tree_mask is None
+            and head_windows is None and extra is None and head_map is None and split_tokens is None and plan is None
+            and not return_lse
+        ):  # fmt: skip
+            _plain_op(q, k_cache, v_cache, block_table, seq_lens, scale, out)
+        else:
+            left, right = window
+            if left < -1 or right not in (-1, 0):
+                _args.bad_window("flash_decode", left, right)
+            if return_lse:
+                lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+            if split_tokens is None:
+                split_tokens = 0
+            elif split_tokens == 0:
+                _args.no_split("flash_decode")
+            _op(q, k_cache, v_cache, block_table, seq_lens, scale, left, softcap, sinks, alibi_slopes,
+                split_tokens, tree_mask, head_windows, extra, head_map, plan, out, lse)  # fmt: skip
         if given is not None:
             _args.written(given)
         return out if lse is None else (out, lse)
@@ -179,6 +185,13 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens
     _args.same_device("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
                       seq_lens=seq_lens, sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask,
                       head_windows=head_windows, **_args.parts(extra, plan), out=out, lse=lse)  # fmt: skip
+
+
+@torch.library.register_fake("kvkernels::flash_decode.plain")
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float,
+      out: Tensor) -> None:  # fmt: skip
+    _args.same_device("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
+                      seq_lens=seq_lens, out=out)  # fmt: skip
 
 
 def reference(
@@ -216,6 +229,7 @@ def cases() -> list[dict[str, Any]]:
         {"cache": "bf16/f16 HND"},
     ]
     return [
+        {**base, "return_lse": False},
         base,
         *({**base, "D": d, "cache": cache} for d in (64, 80, 96, 112, 192, 256) for cache in ("bf16 NHD", "f16 HND")),
         *({**base, "page_size": ps, "cache": cache} for ps in (1, 5, 64) for cache in ("bf16 NHD", "bf16 HND")),

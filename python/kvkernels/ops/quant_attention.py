@@ -9,7 +9,7 @@ from torch import Tensor
 from kvkernels.formats import format, formats
 from kvkernels.ops import _args, _attention, _reference
 from kvkernels.ops._refusal import refused
-from kvkernels.paged_kv import PagedKV
+from kvkernels.paged_kv import KVTransform, PagedKV
 from kvkernels.plan import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -17,6 +17,7 @@ CUDA_DTYPES = (torch.float16, torch.bfloat16)  # tensor cores multiply 16-bit nu
 FORMATS = tuple(f.name for f in formats())
 
 _op = torch.ops.kvkernels.quant_attention.default
+_plain_op = torch.ops.kvkernels.quant_attention.plain  # without options
 
 
 @overload
@@ -128,29 +129,35 @@ def quant_attention(
     """
     try:
         pools, codes = _args.all_pools("quant_attention", kv)
-        left, right = window
-        if left < -1 or right not in (-1, 0):
-            _args.bad_window("quant_attention", left, right)
+        transform = None if kv.transform is None else _args.basis(kv.transform)
         if torch.is_grad_enabled() and (
-            q.requires_grad or sinks is not None or alibi_slopes is not None or out is not None
+            q.requires_grad or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
         ):
-            _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes, out=out)
-        if extra is not None and torch.is_grad_enabled():
-            _args.refuse_grad("quant_attention", **_args.parts(extra, None))
-        given = out
+            _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes,
+                              **_args.parts(extra, None), out=out)  # fmt: skip
+        given, lse = out, None
         if out is None:
             out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-        centre, balance, order = _args.NO_TRANSFORM if kv.transform is None else kv.transform
         if scale is None:
             scale = q.shape[-1] ** -0.5
-        if split_tokens is None:
-            split_tokens = 0
-        elif split_tokens == 0:
-            _args.no_split("quant_attention")
-        _op(q, pools, codes, kv.page_size, page_table, seq_lens, centre, balance, order, scale, left, softcap,
-            sinks, alibi_slopes, split_tokens, tree_mask, head_windows, extra, head_map,
-            plan, out, lse)  # fmt: skip
+        if (
+            window == (-1, -1) and softcap == 0.0 and sinks is None and alibi_slopes is None and tree_mask is None
+            and head_windows is None and extra is None and head_map is None and split_tokens is None and plan is None
+            and not return_lse
+        ):  # fmt: skip
+            _plain_op(q, pools, codes, kv.page_size, page_table, seq_lens, transform, scale, out)
+        else:
+            left, right = window
+            if left < -1 or right not in (-1, 0):
+                _args.bad_window("quant_attention", left, right)
+            if return_lse:
+                lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+            if split_tokens is None:
+                split_tokens = 0
+            elif split_tokens == 0:
+                _args.no_split("quant_attention")
+            _op(q, pools, codes, kv.page_size, page_table, seq_lens, transform, scale, left, softcap, sinks,
+                alibi_slopes, split_tokens, tree_mask, head_windows, extra, head_map, plan, out, lse)  # fmt: skip
         if given is not None:
             _args.written(given)
         return out if lse is None else (out, lse)
@@ -160,14 +167,25 @@ def quant_attention(
 
 @torch.library.register_fake("kvkernels::quant_attention")
 def _(q: Tensor, pools: list[Tensor], formats: list[int], page_size: int, page_table: Tensor, seq_lens: Tensor,
-      centre: Tensor | None, balance: Tensor | None, order: Tensor | None, scale: float, window_left: int,
-      softcap: float, sinks: Tensor | None, alibi_slopes: Tensor | None, split_tokens: int, tree_mask: Tensor | None,
-      head_windows: Tensor | None, extra: list[Tensor] | None, head_map: list[int] | None, plan: list[Tensor] | None,
-      out: Tensor, lse: Tensor | None) -> None:  # fmt: skip
+      transform: list[Tensor] | None, scale: float, window_left: int, softcap: float, sinks: Tensor | None,
+      alibi_slopes: Tensor | None, split_tokens: int, tree_mask: Tensor | None, head_windows: Tensor | None,
+      extra: list[Tensor] | None, head_map: list[int] | None, plan: list[Tensor] | None, out: Tensor,
+      lse: Tensor | None) -> None:  # fmt: skip
+    _args.same_device("quant_attention", q=q, **_parts(pools, transform), page_table=page_table, seq_lens=seq_lens,
+                      sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask, head_windows=head_windows,
+                      **_args.parts(extra, plan), out=out, lse=lse)  # fmt: skip
+
+
+@torch.library.register_fake("kvkernels::quant_attention.plain")
+def _(q: Tensor, pools: list[Tensor], formats: list[int], page_size: int, page_table: Tensor, seq_lens: Tensor,
+      transform: list[Tensor] | None, scale: float, out: Tensor) -> None:  # fmt: skip
+    _args.same_device("quant_attention", q=q, **_parts(pools, transform), page_table=page_table, seq_lens=seq_lens,
+                      out=out)  # fmt: skip
+
+
+def _parts(pools: list[Tensor], transform: list[Tensor] | None) -> dict[str, Tensor]:
     numbered = {f"pool tensor {i}": pool for i, pool in enumerate(pools)}
-    _args.same_device("quant_attention", q=q, **numbered, page_table=page_table, seq_lens=seq_lens, centre=centre,
-                      balance=balance, order=order, sinks=sinks, alibi_slopes=alibi_slopes, tree_mask=tree_mask,
-                      head_windows=head_windows, **_args.parts(extra, plan), out=out, lse=lse)  # fmt: skip
+    return numbered | dict(zip(KVTransform._fields, transform or ()))
 
 
 def reference(
@@ -208,6 +226,7 @@ def cases() -> list[dict[str, Any]]:
         {**_attention.TOGETHER, "transform": True},
     ]
     return [
+        {**base, "formats": mixed, "transform": True, "return_lse": False},
         *(
             {**base, "formats": (name,), "D": d, "transform": d == 128}
             for name in packed
