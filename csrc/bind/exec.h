@@ -108,6 +108,11 @@ class Workspace {
       data_ = c.arguments().scratch(bytes);
       return;
     }
+    if (!kPoison && c.on_cpu() && bytes <= kKept) {  // from torch it costs 0.45 us, a twentieth of the shortest call
+      alignas(64) static thread_local uint8_t kept[kKept];
+      data_ = kept;
+      return;
+    }
     const int64_t size = bytes + 63;
     tensor_.emplace(empty(&size, 1, aoti_torch_dtype_uint8(), c.device_type(), c.device_index()));
     const auto p = reinterpret_cast<uintptr_t>(tensor_->mutable_data_ptr());
@@ -117,6 +122,7 @@ class Workspace {
   void* data() const { return data_; }
 
  private:
+  static constexpr int64_t kKept = 128 << 10;  // bytes that a thread keeps from call to call; an op has one workspace
   std::optional<Tensor> tensor_;
   void* data_ = nullptr;
 };

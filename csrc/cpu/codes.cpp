@@ -549,7 +549,7 @@ void sums_of(const CodePart& part, const Chunk& c, const float* p, const bool* l
 template <int64_t lanes>
 void add_in_order(const float* acc, const uint8_t* lane, int64_t n, float* out) {
 #if defined(__AVX512F__)
-  // An instruction picks from 32 lanes; a gather of 16 takes this processor as long as 16 loads.
+  // An instruction picks from 32 lanes.
   constexpr int64_t pairs = (lanes + 31) / 32;
   for (int64_t i = 0; i < n; i += 16) {
     const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lane + i)));

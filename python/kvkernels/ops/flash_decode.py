@@ -140,7 +140,8 @@ def flash_decode(
     try:
         if torch.is_grad_enabled() and (
             q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-            or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
+            or sinks is not None or alibi_slopes is not None or extra is not None
+            or (out is not None and out.requires_grad)
         ):  # fmt: skip
             _args.refuse_grad("flash_decode", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks,
                               alibi_slopes=alibi_slopes, **_args.parts(extra, None), out=out)  # fmt: skip

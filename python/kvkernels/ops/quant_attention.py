@@ -131,7 +131,11 @@ def quant_attention(
         pools, codes = _args.all_pools("quant_attention", kv)
         transform = None if kv.transform is None else _args.basis(kv.transform)
         if torch.is_grad_enabled() and (
-            q.requires_grad or sinks is not None or alibi_slopes is not None or extra is not None or out is not None
+            q.requires_grad
+            or sinks is not None
+            or alibi_slopes is not None
+            or extra is not None
+            or (out is not None and out.requires_grad)
         ):
             _args.refuse_grad("quant_attention", q=q, sinks=sinks, alibi_slopes=alibi_slopes,
                               **_args.parts(extra, None), out=out)  # fmt: skip
