@@ -86,14 +86,14 @@ class DeltaChunkGradients {
   void forwards(const DeltaSequence& s, int64_t at, int64_t head, int64_t from, int64_t to, const float* S, float* N,
                 float* next) {
     const int64_t group = in_.HV / in_.H;
-    const DeltaAhead ahead(no_q_, s, at + z_.C, head, from, to, head % group, group);
-    ahead.take(0, 4);
+    const DeltaAhead ahead(no_q_, s, at + z_.C, at + z_.C, head, from, to, head % group, group, 4);
+    ahead.take(0);
     state_head_.form(no_q_, state_keys_, s, at, head);
-    ahead.take(1, 4);
+    ahead.take(1);
     solve(s, at, head, from, to, S, N);
-    ahead.take(2, 4);
+    ahead.take(2);
     if (next) advance(from, to, S, N, next);
-    ahead.take(3, 4);
+    ahead.take(3);
   }
 
   // ---- backwards
@@ -226,7 +226,7 @@ class DeltaChunkGradients {
                                                    int64_t step) const {
     if (at - z_.C < s.begin) return;
     const auto ask = [&](const DeltaRows& x, int64_t h, int64_t n) __attribute__((always_inline)) {
-      ask_for_rows(x, s.batch, at - z_.C, z_.C, h, step, 4, 0, n);
+      ask_for_rows(x, s.batch, at - z_.C + z_.C / 4 * step, z_.C / 4, h, 0, n);
     };
     const auto ask_for_result =
         [&](void* p, int64_t heads, int64_t h, int64_t n, DType type)

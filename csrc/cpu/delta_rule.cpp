@@ -177,6 +177,8 @@ uint8_t* out_row(const DeltaRuleParams& p, const DeltaSequence& s, int64_t token
 }
 
 constexpr int64_t kPiece = 16;  // rows
+// Pieces of two products, between which lines are asked for: more at once than a core can wait for would stall it.
+int64_t pieces(const DeltaInputs& in) { return in.chunk / kPiece + (in.K + kPiece - 1) / kPiece; }
 
 // Asks for the lines that write_rows will write, or its stores would wait for them.
 [[gnu::always_inline]] inline void ask_for_output(const DeltaRuleParams& p, const DeltaSequence& s, int64_t begin,
@@ -210,12 +212,10 @@ void chunk_step(const DeltaRuleParams& p, const DeltaKeys& keys, const DeltaHead
   const int64_t C = keys.C, tokens = keys.tokens, columns = lane.to - lane.from;
   float *N = room.n, *o = room.o;
 
-  // Lines are asked for between pieces of two products: more at once than a core can wait for would stall it.
-  const int64_t steps = (tokens + kPiece - 1) / kPiece + (in.K + kPiece - 1) / kPiece;
   int64_t step = 0;
   const auto in_pieces = [&](int64_t rows, const auto& product) {
     for (int64_t i = 0; i < rows; i += kPiece) {
-      ahead.take(step++, steps);
+      ahead.take(step++);
       product(i, rows - i < kPiece ? rows - i : kPiece);
     }
   };
@@ -292,7 +292,8 @@ void run_task(const DeltaRuleParams& p, const Plan& plan, Room& room, int64_t n,
         if (l == first_lane) room.keys.read(p.in, s, begin, head);
         if (l == first_lane || lane.from == 0) room.head.form(p.in, room.keys, s, begin, lane.head);
         chunk_step(p, room.keys, room.head, room, s, begin, lane,
-                   DeltaAhead(p.in, s, end, lane.head, lane.from, lane.to, l - first_lane, lanes), S);
+                   DeltaAhead(p.in, s, end, end, lane.head, lane.from, lane.to, l - first_lane, lanes, pieces(p.in)),
+                   S);
       }
       write_checkpoint(p, s, n, end - s.begin, lane, S);
     });
@@ -323,7 +324,7 @@ bool form_next(const DeltaRuleParams& p, const Plan& plan, const Pair& x, const 
 
 // A lane through the chunks that are formed; false if there are none or another thread is at it.
 bool pass_chunks(const DeltaRuleParams& p, const Plan& plan, const Pair& x, const Room& room, const DeltaSequence& s,
-                 int64_t n, int64_t key_head, int64_t l) {
+                 int64_t n, int64_t key_head, int64_t l, int64_t thread) {
   int64_t* const passed = x.passed + l * Pair::kLine;
   const int64_t turn = seen(passed);
   int64_t chunk = turn / 2, begin = s.begin + chunk * p.in.chunk;
@@ -332,10 +333,15 @@ bool pass_chunks(const DeltaRuleParams& p, const Plan& plan, const Pair& x, cons
   const Lane lane(p, plan, key_head, l);
   float* const S = x.states + l * p.in.K * kDeltaPanel;
   if (chunk == 0) read_state(p, n, lane, S);
+  const int64_t sharers = plan.pairs < plan.threads ? plan.threads / plan.pairs : 1;
   while (ready()) {
     const int64_t end = begin + p.in.chunk < s.end ? begin + p.in.chunk : s.end, place = chunk % plan.ring;
+    // Threads that share a pair come to form its chunks in turn.
+    int64_t next = seen(x.begun);
+    while (next % sharers != thread % sharers) ++next;
     chunk_step(p, x.keys[place], x.heads[place * plan.group + l / plan.panels], room, s, begin, lane,
-               DeltaAhead(p.in, s, end, lane.head, lane.from, lane.to, 0, 0), S);
+               DeltaAhead(p.in, s, end, s.begin + next * p.in.chunk, lane.head, lane.from, lane.to, 0, 1, pieces(p.in)),
+               S);
     write_checkpoint(p, s, n, end - s.begin, lane, S);
     if (end == s.end && p.final_state) write_state(p, S, lane, p.final_state, n);
     begin = end;
@@ -359,7 +365,7 @@ void run_pairs(const DeltaRuleParams& p, const Plan& plan, const Room& room, con
     bool found = false;
     for (int64_t i = from; i < to; ++i)
       found |= of(i / plan.lanes, [&](const Pair& x, const DeltaSequence& s, int64_t n, int64_t key_head) {
-        return pass_chunks(p, plan, x, room, s, n, key_head, i % plan.lanes);
+        return pass_chunks(p, plan, x, room, s, n, key_head, i % plan.lanes, thread);
       });
     return found;
   };
