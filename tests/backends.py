@@ -11,6 +11,7 @@ KVKERNELS_SIMT       late (default) | early | random: when the emulator lets cp.
 KVKERNELS_SIMT_SEED  order of threads and blocks; unless this is set every test has its own, printed when it fails
 """
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -31,6 +32,9 @@ SIMT: bool = json.loads(torch.ops.kvkernels.build_info())["simt"]
 DEVICE = os.environ.get("KVKERNELS_TEST_DEVICE", "cpu")
 GPU = DEVICE.startswith("cuda")
 CPU = not SIMT and not GPU  # the CPU kernels
+# AddressSanitizer is in this process, and looks at what kernels touch. Builds without it compare what the same calls
+# compute: references take seven times as long as the kernels here.
+SANITIZED = hasattr(ctypes.CDLL(None), "__asan_init")
 
 # Of queries where a test does not care: the CUDA kernels multiply 16-bit numbers.
 Q_DTYPE = torch.float32 if CPU else torch.bfloat16
