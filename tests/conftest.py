@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: begun last, they would leave all workers but one without work."""
+    items.sort(key=lambda item: item.path.name not in ("test_install.py", "test_bench.py"))
+
+
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[None]:
     """Ops run where tests/backends.py says, but in tests marked `traced`, which hand an op to a compiler as it is."""
