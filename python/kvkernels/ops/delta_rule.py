@@ -74,9 +74,10 @@ def delta_rule(
     The gradient is that of everything but checkpoints, whatever the mode. For it, on CPU, the state is kept every
     checkpoint_every tokens, 512 unless given; the rest, on CUDA all, is computed again. There is no second derivative.
 
-    State and sums are float32. Keys of length 1 and beta of at most 2 keep S from growing. Bits of a sequence do not
-    depend on others in the batch, on padding, or on the number of threads. ValueError: dtypes, shapes or devices that
-    do not fit, options out of range, cu_seqlens that is not ascending from 0 to at most T (seen on CPU).
+    State and sums are float32; for 16-bit inputs, products with the state may round it, which moves states by less than
+    1e-3 of their size (docs/delta.md). Keys of length 1 and beta of at most 2 keep S from growing. Bits of a sequence
+    do not depend on others in the batch, on padding, or on the number of threads. ValueError: dtypes, shapes or devices
+    that do not fit, options out of range, cu_seqlens that is not ascending from 0 to at most T (seen on CPU).
 
     Source: Yang et al. 2024, arXiv:2406.06484 (DeltaNet in chunks), arXiv:2412.06464 (Gated DeltaNet); Kimi Team 2025,
     arXiv:2510.26692 (KDA); Grazzi et al. 2024, arXiv:2411.12537 (negative eigenvalues).
