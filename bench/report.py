@@ -127,8 +127,8 @@ NOTES = {
     "page_summaries": "Limit: reading the keys and writing the records.",
     "gather_pages": "Limit: a copy of the pages that are not in the cache.",
     "delta_rule": "D 128, one sequence, positive keys, l2norm in the kernel. Work is counted as the chunk form needs "
-    "it, chunks of 32 tokens, at the fp32 FMA rate, for all contestants. HF: the plain PyTorch of transformers; "
-    "vLLM: its kernel for bf16.",
+    "it, chunks of 32 tokens, at the FMA rate, for bf16 inputs that of bf16 products, for all contestants. HF: the "
+    "plain PyTorch of transformers; vLLM: its kernel for bf16.",
     "delta_rule_step": "bf16 inputs. Warm: one layer is called again and again; limit: the flops. Layers: 64 layers in "
     "turn, whose states come from memory. Cold: nothing is in cache, code included. Limit of both: reading the states; "
     "writing them back comes on top. HF and vLLM: fp32 state.",

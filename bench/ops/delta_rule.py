@@ -90,17 +90,20 @@ def races(threads: int, quick: bool) -> Iterator[Race]:
         if case.backward:
             sizes, wrote = 2 * sizes + wrote, wrote + sizes
 
+        floor = (sizes + wrote, case.flops)
+        rate = "bf16" if case.dtype == torch.bfloat16 else "fma"
+
         ours: Callable[..., Any] = partial(kk.delta_rule, qk_l2norm=True)
         run = partial(step, case, ours, x)
-        contestants = [Contestant("chunk", run, sizes + wrote, case.flops)]
+        contestants = [Contestant("chunk", run, *floor, rate=rate)]
         if not case.backward:
             run = partial(step, case, partial(ours, mode="recurrent"), x)
-            contestants.append(Contestant("recurrent", run, sizes + wrote, case.flops))
+            contestants.append(Contestant("recurrent", run, *floor, rate=rate))
         if case.rule in theirs:
             run = partial(step, case, theirs[case.rule], x)
-            contestants.append(Contestant("HF", run, sizes + wrote, case.flops, peer=True))
+            contestants.append(Contestant("HF", run, *floor, rate=rate, peer=True))
         vllm = peers.vllm_gdn(case.value_heads, case.D) if case.rule == "GDN" and case.D == 128 else None
         if vllm is not None and case.dtype == torch.bfloat16:
             run = partial(step, case, vllm, x)
-            contestants.append(Contestant("vLLM", run, sizes + wrote, case.flops, peer=True))
+            contestants.append(Contestant("vLLM", run, *floor, rate=rate, peer=True))
         yield Race("delta_rule", case.label, threads, contestants, ["HF", "vLLM"])
