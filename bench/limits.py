@@ -26,8 +26,8 @@ class Limits:
     def __init__(self, isa: str) -> None:
         self.native = build.load()
         self.isa = isa
-        # Reading it also empties the caches of what ran before. Of 4 times the last cache a fifth more was read a second
-        # than of 16 or 32 times: what is left in the cache must not count.
+        # Reading it also empties the caches of what ran before. Of 4 times the last cache a tenth more was read a
+        # second than of 16 or 32 times: what is left in the cache must not count.
         self.memory = self.native.Limits(max(128 * 2**20, 16 * last_level_cache()))
 
     def read(self, threads: int) -> float:
